@@ -1,0 +1,77 @@
+/**
+ * A Request is what a client asked, after validation: nothing unvalidated has this type, and only this
+ * is put into the queue. It is plain JSON, since it travels through Redis.
+ */
+
+export interface Sampling {
+  /** 0 is greedy; otherwise logits are divided by it. 0 to 2. */
+  readonly temperature: number;
+  /** Nucleus: tokens are kept while the probability before them is ≤ topP. (0, 1]; 1 keeps all. */
+  readonly topP: number;
+  /** Keep the topK most likely tokens; 0 keeps all. */
+  readonly topK: number;
+  /** Safe integer; the same seed draws the same coins. Drawn at submit when the client gave none. */
+  readonly seed: number;
+}
+
+export interface Request {
+  /** Wire version of this object, for engines of another release on the same queue. */
+  readonly version: 1;
+  /** Name of the model card. */
+  readonly model: string;
+  /** 1 to maxSeqLen - 1 ids, BOS included. */
+  readonly promptTokenIds: readonly number[];
+  readonly sampling: Sampling;
+  /** Most tokens to generate, at least 1; the context's end may come first. */
+  readonly maxTokens: number;
+  /** Texts that end the answer and are not part of it; at most 16, none empty. */
+  readonly stop: readonly string[];
+  /** Do not stop at EOS. */
+  readonly ignoreEos: boolean;
+}
+
+/** Order and limits of a job beside its request. */
+export interface JobTerms {
+  /** 1 (most urgent) to 1000. Default 100. */
+  readonly priority: number;
+  /** Unix time in milliseconds after which the job is `expired`; null for none. */
+  readonly deadlineMs: number | null;
+}
+
+/** Why a sequence ended by itself: EOS or a stop text, or a limit of tokens or context. */
+export type FinishReason = 'stop' | 'length';
+
+export interface Usage {
+  readonly promptTokens: number;
+  readonly completionTokens: number;
+}
+
+/** How a job ended: exactly one of these, written once. */
+export type Ending =
+  | { readonly status: 'completed'; readonly finishReason: FinishReason; readonly usage: Usage }
+  | { readonly status: 'failed'; readonly code: string; readonly message: string }
+  | { readonly status: 'cancelled' }
+  | { readonly status: 'expired' };
+
+/** What gateways and tools must know of a model, published to Redis by its coordinators. */
+export interface ModelCard {
+  readonly version: 1;
+  /** Name that requests use: the folder's name unless --served-model-name says otherwise. */
+  readonly name: string;
+  /** SHA-256 (hex) of the checkpoint's headers. */
+  readonly digest: string;
+  /** Unix time in seconds when first published. */
+  readonly createdS: number;
+  readonly vocabSize: number;
+  /** Positions of a slot: prompt and answer together. */
+  readonly maxSeqLen: number;
+  readonly maxBatchSize: number;
+  readonly bosTokenId: number;
+  readonly eosTokenIds: readonly number[];
+  /** The checkpoint's tokenizer files, base64, by file name; see model/tokenizer. */
+  readonly tokenizerFiles: Readonly<Record<string, string>>;
+  /** Sampling defaults from generation_config.json, where it has them. */
+  readonly defaults: { readonly temperature?: number; readonly topP?: number };
+  /** True when the engine runs in --exact mode. */
+  readonly isExact: boolean;
+}

@@ -1,0 +1,79 @@
+/**
+ * The one table of error codes. Every failure that leaves a process is one of these; callers match
+ * on `code`, never on the message. The message names the field, the rule and the value.
+ */
+
+/** `http`: status of a response; `grpc`: status of an rpc (numbers of the gRPC specification). */
+interface ErrorRule {
+  readonly http: number;
+  readonly grpc: number;
+  /** Whether the same request can succeed when it is tried again. */
+  readonly isRetryable: boolean;
+  readonly meaning: string;
+}
+
+const rule = (http: number, grpc: number, isRetryable: boolean, meaning: string): ErrorRule => ({
+  http,
+  grpc,
+  isRetryable,
+  meaning,
+});
+
+export const errorTable = {
+  bad_usage: rule(400, 3, false, 'a command line or a setting is wrong'),
+  invalid_request: rule(400, 3, false, 'a field of a request breaks a rule'),
+  context_length_exceeded: rule(400, 3, false, 'prompt and answer do not fit the context'),
+  unauthorized: rule(401, 16, false, 'the API key is missing or wrong'),
+  not_found: rule(404, 5, false, 'no such route, model or job'),
+  payload_too_large: rule(413, 3, false, 'the body is larger than the limit'),
+  queue_full: rule(429, 8, true, 'the queue is at its limit'),
+  illegal_tp: rule(400, 3, false, 'the model cannot be cut into that many ranks'),
+  invalid_checkpoint: rule(
+    400,
+    9,
+    false,
+    'a file of the checkpoint is damaged or contradicts itself',
+  ),
+  unsupported_model: rule(400, 12, false, 'the checkpoint is of a kind that Caravan does not run'),
+  protocol_mismatch: rule(500, 9, false, 'two processes speak different versions of the wire'),
+  rank_busy: rule(503, 9, true, 'another coordinator holds the rank'),
+  rank_unavailable: rule(503, 14, true, 'a rank cannot be reached'),
+  rank_failed: rule(503, 14, true, 'a rank stopped in the middle of its work'),
+  redis_unavailable: rule(503, 14, true, 'Redis cannot be reached'),
+  engine_unavailable: rule(503, 14, true, 'no engine serves the model at present'),
+  timeout: rule(504, 4, true, 'the deadline of a call passed'),
+  stale_take: rule(409, 10, false, 'another engine has taken the job since'),
+  cancelled: rule(499, 1, false, 'the client withdrew the request'),
+  expired: rule(408, 4, false, 'the deadline of the job passed'),
+  out_of_memory: rule(507, 8, false, 'the device has too little memory'),
+  internal: rule(500, 13, false, 'a fault of Caravan itself'),
+} as const satisfies Record<string, ErrorRule>;
+
+export type ErrorCode = keyof typeof errorTable;
+
+/** A failure of the world (not of our code: that is an assertion), with its code from the table. */
+export class CaravanError extends Error {
+  readonly code: ErrorCode;
+  /** The request's field at fault, as OpenAI's `param`. */
+  readonly param: string | null;
+
+  constructor(code: ErrorCode, message: string, options?: { param?: string; cause?: unknown }) {
+    super(message, options?.cause === undefined ? undefined : { cause: options.cause });
+    this.name = 'CaravanError';
+    this.code = code;
+    this.param = options?.param ?? null;
+  }
+
+  get isRetryable(): boolean {
+    return errorTable[this.code].isRetryable;
+  }
+}
+
+export const isErrorCode = (code: string): code is ErrorCode => Object.hasOwn(errorTable, code);
+
+/** Coerces whatever was thrown into a CaravanError; unknown things become `fallback`. */
+export function toCaravanError(thrown: unknown, fallback: ErrorCode = 'internal'): CaravanError {
+  if (thrown instanceof CaravanError) return thrown;
+  const message = thrown instanceof Error ? thrown.message : String(thrown);
+  return new CaravanError(fallback, message.split('\n')[0] ?? message, { cause: thrown });
+}
