@@ -28,6 +28,8 @@ export interface Request {
   readonly stop: readonly string[];
   /** Do not stop at EOS. */
   readonly ignoreEos: boolean;
+  /** Drop the space that SentencePiece puts before a first word: chats and empty prompts. */
+  readonly isTextStart: boolean;
 }
 
 /** Order and limits of a job beside its request. */
