@@ -2,7 +2,7 @@ import js from '@eslint/js';
 import tseslint from 'typescript-eslint';
 
 export default tseslint.config(
-  { ignores: ['dist/', 'node_modules/', 'proto/gen/'] },
+  { ignores: ['dist/', 'dist-*/', 'node_modules/', 'proto/gen/'] },
   js.configs.recommended,
   {
     files: ['**/*.ts'],

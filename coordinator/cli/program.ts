@@ -1,0 +1,23 @@
+/** The whole command line: one file per command. */
+import { Command } from 'commander';
+import { packageVersion } from '../package-root.js';
+
+/** Ranks are processes of another room, which this one never imports: the launcher starts them. */
+const workerHelp = `
+One more command, of the launcher itself:
+  worker --listen HOST:PORT [--device cpu]  one rank; see \`caravan worker --help\`
+`;
+
+/** Errors are thrown as CommanderError, and nothing is printed for them. */
+export function createProgram(): Command {
+  const program = new Command('caravan')
+    .description('Serves Llama 2 on many devices at once.')
+    .version(packageVersion(), '-V, --version', 'print the version')
+    .helpOption('-h, --help', 'print help')
+    .helpCommand(false)
+    .addHelpText('after', workerHelp)
+    // A failure is printed once, in one line, by main.
+    .configureOutput({ outputError: () => undefined })
+    .exitOverride();
+  return program;
+}
