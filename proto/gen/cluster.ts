@@ -160,7 +160,7 @@ export interface StepResult {
   topIds: number[];
   /** (rows, k) */
   topLogits: number[];
-  /** (rows) log Σ exp(logit) over this rank's slice. */
+  /** (rows) log Σ exp(logit) over this rank's slice; 0 for rows without a target. */
   lseRaw: number[];
   /** (rows) log Σ exp(logit / temperature) over this rank's slice; 0 where temperature is 0. */
   lseAdjusted: number[];

@@ -1,0 +1,323 @@
+/**
+ * The ONNX graphs of a rank. All activations are (1, rows, width): the rows of a step, one after
+ * another, whichever sequence they belong to. Only attention looks at sequences.
+ *
+ *   h, partials ─> attention-in ─> q, k, v ─> attention (a run per group) ─> attention-out ─> partial
+ *   h, partials ─> ffn ─> partial
+ *   h, partials ─> head ─> logits of the sampled rows
+ *
+ * h is the residual stream before the last all-reduce; the partials of all ranks are added in rank
+ * order inside the graph, so that every rank computes the same sum, bit for bit.
+ */
+import type { LlamaConfig } from '../model/config.js';
+import type { RankPlan } from '../model/plan.js';
+import {
+  AttributeType,
+  ModelProto,
+  type AttributeProto,
+  type NodeProto,
+  type TensorProto,
+  type ValueInfoProto,
+} from '../proto/gen/onnx.js';
+import { elementType, type ElementType } from './ort.js';
+
+const IR_VERSION = 9;
+const OPSET = 20;
+const MICROSOFT = 'com.microsoft';
+
+/** A graph, encoded, with the order in which its inputs and outputs are bound. */
+export interface Graph {
+  readonly model: Uint8Array;
+  readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
+}
+
+/** A weight matrix (outputs, inputs), row by row, as checkpoints store it. */
+export interface Matrix {
+  readonly values: Float32Array;
+  readonly outputs: number;
+  readonly inputs: number;
+}
+
+type Dimension = number | string;
+
+/** Collects nodes, weights, inputs and outputs of one graph. */
+class GraphBuilder {
+  readonly #nodes: NodeProto[] = [];
+  readonly #initializers: TensorProto[] = [];
+  readonly #inputs: ValueInfoProto[] = [];
+  readonly #outputs: ValueInfoProto[] = [];
+
+  input(name: string, type: ElementType, shape: readonly Dimension[]): string {
+    this.#inputs.push(valueInfo(name, type, shape));
+    return name;
+  }
+
+  output(name: string, type: ElementType, shape: readonly Dimension[]): void {
+    this.#outputs.push(valueInfo(name, type, shape));
+  }
+
+  weights(name: string, values: Float32Array, shape: readonly number[]): string {
+    const rawData = Buffer.from(values.buffer, values.byteOffset, values.byteLength);
+    this.#initializers.push({ name, dims: [...shape], dataType: elementType.float32, rawData });
+    return name;
+  }
+
+  integers(name: string, values: readonly number[]): string {
+    const rawData = Buffer.from(BigInt64Array.from(values, BigInt).buffer);
+    this.#initializers.push({
+      name,
+      dims: [values.length],
+      dataType: elementType.int64,
+      rawData,
+    });
+    return name;
+  }
+
+  /** Adds a node; an output left empty is not computed. */
+  node(
+    operator: string,
+    inputs: readonly string[],
+    outputs: readonly string[],
+    attributes: readonly AttributeProto[] = [],
+    domain = '',
+  ): void {
+    this.#nodes.push({
+      opType: operator,
+      domain,
+      name: '',
+      input: [...inputs],
+      output: [...outputs],
+      attribute: [...attributes],
+    });
+  }
+
+  /** y = x · Wᵀ. A row's result does not depend on the number of rows. */
+  linear(x: string, matrix: Matrix, y: string): void {
+    const w = this.weights(`${y}.weight`, matrix.values, [matrix.outputs, matrix.inputs]);
+    this.node('FusedMatMul', [x, w], [y], [int('transB', 1)], MICROSOFT);
+  }
+
+  /** The sum of all ranks' partials, in rank order. */
+  sumPartials(names: readonly string[]): string {
+    return names.reduce((sum, next, i) => {
+      this.node('Add', [sum, next], [`sum.${i}`]);
+      return `sum.${i}`;
+    });
+  }
+
+  /** normed = RMSNorm(h + delta); newH = h + delta (left out when empty). */
+  addAndNorm(
+    h: string,
+    delta: string,
+    norm: Float32Array,
+    epsilon: number,
+    normed: string,
+    newH: string,
+  ): void {
+    const gamma = this.weights('gamma', norm, [norm.length]);
+    this.node(
+      'SkipSimplifiedLayerNormalization',
+      [h, delta, gamma],
+      newH === '' ? [normed] : [normed, '', '', newH],
+      [float('epsilon', epsilon)],
+      MICROSOFT,
+    );
+  }
+
+  finish(): Graph {
+    const model = ModelProto.encode({
+      irVersion: IR_VERSION,
+      producerName: 'caravan',
+      opsetImport: [
+        { domain: '', version: OPSET },
+        { domain: MICROSOFT, version: 1 },
+      ],
+      graph: {
+        name: 'segment',
+        node: this.#nodes,
+        initializer: this.#initializers,
+        input: this.#inputs,
+        output: this.#outputs,
+      },
+    }).finish();
+    return {
+      model,
+      inputs: this.#inputs.map((input) => input.name),
+      outputs: this.#outputs.map((output) => output.name),
+    };
+  }
+}
+
+function valueInfo(name: string, elemType: number, shape: readonly Dimension[]): ValueInfoProto {
+  const dim = shape.map((n) =>
+    typeof n === 'number'
+      ? { value: { $case: 'dimValue' as const, dimValue: n } }
+      : { value: { $case: 'dimParam' as const, dimParam: n } },
+  );
+  const tensorType = { elemType, shape: { dim } };
+  return { name, type: { value: { $case: 'tensorType', tensorType } } };
+}
+
+const attribute = (name: string, value: Partial<AttributeProto>): AttributeProto => ({
+  name,
+  f: 0,
+  i: 0,
+  s: Buffer.alloc(0),
+  floats: [],
+  ints: [],
+  type: AttributeType.UNDEFINED,
+  ...value,
+});
+const int = (name: string, i: number) => attribute(name, { i, type: AttributeType.INT });
+const float = (name: string, f: number) => attribute(name, { f, type: AttributeType.FLOAT });
+
+/** What all graphs of a rank have in common. */
+export interface GraphShape {
+  readonly config: LlamaConfig;
+  readonly plan: RankPlan;
+}
+
+const { float32, int32, int64 } = elementType;
+
+/** Declares h and the partials of all ranks, in rank order. */
+function residualInputs(graph: GraphBuilder, { config, plan }: GraphShape): string[] {
+  const shape = [1, 'rows', config.hiddenSize];
+  graph.input('h', float32, shape);
+  return Array.from({ length: plan.tp }, (_, rank) =>
+    graph.input(`partial.${rank}`, float32, shape),
+  );
+}
+
+const splitLast = (
+  graph: GraphBuilder,
+  x: string,
+  widths: readonly number[],
+  names: readonly string[],
+): void => {
+  graph.node('Split', [x, graph.integers(`${x}.widths`, widths)], names, [int('axis', -1)]);
+};
+
+/**
+ * Inputs h, partials, positions (1, rows), cos and sin (capacity, headSize / 2); outputs newH, q
+ * (1, rows, query heads × head size), k and v (1, rows, KV heads × head size), q and k rotated.
+ *
+ * Rotary embedding is a node of its own, not GroupQueryAttention's, which refuses head sizes that are
+ * not multiples of 16.
+ */
+export function attentionInGraph(
+  shape: GraphShape,
+  weights: { readonly norm: Float32Array; readonly qkv: Matrix },
+): Graph {
+  const { config, plan } = shape;
+  const { headSize } = config;
+  const graph = new GraphBuilder();
+  const partials = residualInputs(graph, shape);
+  graph.input('positions', int64, [1, 'rows']);
+  graph.input('cos', float32, ['capacity', headSize / 2]);
+  graph.input('sin', float32, ['capacity', headSize / 2]);
+  const queryWidth = plan.queryHeads.count * headSize;
+  const keyWidth = plan.kvHeads.count * headSize;
+  const delta = graph.sumPartials(partials);
+  graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', 'newH');
+  graph.linear('x', weights.qkv, 'qkv');
+  splitLast(graph, 'qkv', [queryWidth, keyWidth, keyWidth], ['q.flat', 'k.flat', 'v']);
+  for (const [name, heads] of [
+    ['q', plan.queryHeads.count],
+    ['k', plan.kvHeads.count],
+  ] as const) {
+    graph.node(
+      'RotaryEmbedding',
+      [`${name}.flat`, 'positions', 'cos', 'sin'],
+      [name],
+      [int('num_heads', heads), int('interleaved', 0)],
+      MICROSOFT,
+    );
+  }
+  graph.output('newH', float32, [1, 'rows', config.hiddenSize]);
+  graph.output('q', float32, [1, 'rows', queryWidth]);
+  graph.output('k', float32, [1, 'rows', keyWidth]);
+  graph.output('v', float32, [1, 'rows', keyWidth]);
+  return graph.finish();
+}
+
+/**
+ * Attention of one group: either `batch` decoding slots with one row each, or one slot with `length` rows.
+ * The KV tensors are bound as inputs and as outputs: keys and values are written in place at each
+ * slot's positions.
+ */
+export function attentionGraph({ config, plan }: GraphShape): Graph {
+  const graph = new GraphBuilder();
+  const queryHeads = plan.queryHeads.count;
+  const kvHeads = plan.kvHeads.count;
+  const rows = (heads: number) => ['batch', 'length', heads * config.headSize];
+  const cache = ['batch', kvHeads, 'capacity', config.headSize];
+  graph.input('q', float32, rows(queryHeads));
+  graph.input('k', float32, rows(kvHeads));
+  graph.input('v', float32, rows(kvHeads));
+  graph.input('keys', float32, cache);
+  graph.input('values', float32, cache);
+  // Last position of each sequence in the group, and the positions of the longest.
+  graph.input('lastPositions', int32, ['batch']);
+  graph.input('totalLength', int32, [1]);
+  graph.node(
+    'GroupQueryAttention',
+    ['q', 'k', 'v', 'keys', 'values', 'lastPositions', 'totalLength'],
+    ['attended', 'newKeys', 'newValues'],
+    [int('num_heads', queryHeads), int('kv_num_heads', kvHeads), int('do_rotary', 0)],
+    MICROSOFT,
+  );
+  graph.output('attended', float32, rows(queryHeads));
+  graph.output('newKeys', float32, cache);
+  graph.output('newValues', float32, cache);
+  return graph.finish();
+}
+
+/** Input attended (1, rows, query heads × head size); output this rank's partial. */
+export function attentionOutGraph({ config }: GraphShape, o: Matrix): Graph {
+  const graph = new GraphBuilder();
+  graph.input('attended', float32, [1, 'rows', o.inputs]);
+  graph.linear('attended', o, 'partial');
+  graph.output('partial', float32, [1, 'rows', config.hiddenSize]);
+  return graph.finish();
+}
+
+/** Inputs h and partials; outputs newH and this rank's partial. `gateUp` holds gate's rows, then up's. */
+export function ffnGraph(
+  shape: GraphShape,
+  weights: { readonly norm: Float32Array; readonly gateUp: Matrix; readonly down: Matrix },
+): Graph {
+  const { config, plan } = shape;
+  const graph = new GraphBuilder();
+  const delta = graph.sumPartials(residualInputs(graph, shape));
+  graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', 'newH');
+  graph.linear('x', weights.gateUp, 'gateUp');
+  splitLast(graph, 'gateUp', [plan.ffn.count, plan.ffn.count], ['gate', 'up']);
+  graph.node('Sigmoid', ['gate'], ['gate.sigmoid']);
+  graph.node('Mul', ['gate', 'gate.sigmoid'], ['gate.silu']);
+  graph.node('Mul', ['gate.silu', 'up'], ['gated']);
+  graph.linear('gated', weights.down, 'partial');
+  graph.output('newH', float32, [1, 'rows', config.hiddenSize]);
+  graph.output('partial', float32, [1, 'rows', config.hiddenSize]);
+  return graph.finish();
+}
+
+/** Inputs h, partials and the sampled rows; output logits (1, sampled, this rank's vocabulary). */
+export function headGraph(
+  shape: GraphShape,
+  weights: { readonly norm: Float32Array; readonly head: Matrix },
+): Graph {
+  const { config, plan } = shape;
+  const graph = new GraphBuilder();
+  const inputs = ['h', ...residualInputs(graph, shape)];
+  graph.input('sampledRows', int64, ['sampled']);
+  const [h, ...partials] = inputs.map((name) => {
+    graph.node('Gather', [name, 'sampledRows'], [`${name}.sampled`], [int('axis', 1)]);
+    return `${name}.sampled`;
+  });
+  const delta = graph.sumPartials(partials);
+  graph.addAndNorm(h!, delta, weights.norm, config.normEps, 'x', '');
+  graph.linear('x', weights.head, 'logits');
+  graph.output('logits', float32, [1, 'sampled', plan.vocab.count]);
+  return graph.finish();
+}

@@ -1,0 +1,127 @@
+/**
+ * One rank's membership in a group: everything that lives as long as one coordinator holds the rank.
+ */
+import os from 'node:os';
+import type { Checkpoint } from '../model/checkpoint.js';
+import { kvBytes } from '../model/plan.js';
+import { CaravanError } from '../proto/errors.js';
+import type { Load } from '../proto/gen/cluster.js';
+import {
+  dialPeer,
+  GrpcAllReduce,
+  SoloAllReduce,
+  type AllReduce,
+  type PeerCall,
+} from './all-reduce.js';
+import { Forward } from './forward.js';
+import { KvCache } from './kv-cache.js';
+import type { Lobby } from './lobby.js';
+import type { Ort } from './ort.js';
+import { Pacer } from './pacer.js';
+import type { Shard } from './shard.js';
+import { Workspace } from './workspace.js';
+
+export class Group {
+  readonly forward: Forward;
+  readonly kvBytes: number;
+  readonly #kv: KvCache;
+  readonly #workspace: Workspace;
+  readonly #allReduce: AllReduce;
+
+  private constructor(forward: Forward, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
+    this.forward = forward;
+    this.#kv = kv;
+    this.#workspace = workspace;
+    this.#allReduce = allReduce;
+    this.kvBytes = kv.byteCount;
+  }
+
+  /**
+   * Reserves the KV cache and meets the peers: higher ranks call lower ones.
+   *
+   * @throws CaravanError `out_of_memory`, `rank_unavailable`, or the signal's reason.
+   */
+  static async join(
+    ort: Ort,
+    shard: Shard,
+    load: Load,
+    lobby: Lobby,
+    signal: AbortSignal,
+  ): Promise<Group> {
+    const { config, plan } = shard;
+    refuseTooLittleMemory(kvBytes(config, plan, load.maxSeqLen, load.maxBatchSize));
+    const pacer = new Pacer();
+    const kv = new KvCache(ort, config, plan, load.maxSeqLen, load.maxBatchSize);
+    const calls = await meetPeers(load, lobby, signal);
+    const capacity = load.maxStepRows * config.hiddenSize;
+    const allReduce =
+      plan.tp === 1
+        ? new SoloAllReduce(capacity, pacer)
+        : new GrpcAllReduce(plan.rank, calls, capacity, load.stepTimeoutMs, pacer);
+    const workspace = new Workspace(
+      ort,
+      config,
+      plan,
+      load.maxStepRows,
+      load.maxSeqLen,
+      allReduce.partials,
+    );
+    const forward = new Forward(shard, kv, workspace, allReduce, pacer);
+    return new Group(forward, kv, workspace, allReduce);
+  }
+
+  /** Ends a step that is under way, with this error. */
+  abort(error: CaravanError): void {
+    this.#allReduce.abort(error);
+  }
+
+  /** Leaves the peers and frees the memory. No step may be under way. */
+  close(): void {
+    this.#allReduce.close();
+    this.#workspace.release();
+    this.#kv.release();
+  }
+}
+
+async function meetPeers(
+  load: Load,
+  lobby: Lobby,
+  signal: AbortSignal,
+): Promise<(PeerCall | null)[]> {
+  return Promise.all(
+    load.peers.map((address, peer) => {
+      if (peer === load.rank) return Promise.resolve(null);
+      return peer < load.rank
+        ? dialPeer(address, load.group, load.rank, signal)
+        : lobby.meet(load.group, peer, signal);
+    }),
+  );
+}
+
+/** The KV cache is committed as it fills: it is checked here, where it can still be said in one line. */
+function refuseTooLittleMemory(byteCount: number): void {
+  const total = os.totalmem();
+  if (byteCount > total) {
+    throw new CaravanError(
+      'out_of_memory',
+      `the KV cache needs ${byteCount} bytes, this machine has ${total}: lower max_seq_len or max_batch_size`,
+    );
+  }
+}
+
+/** Refuses a Load that this rank cannot serve, before anything is read. */
+export function checkLoad(load: Load, checkpoint: Checkpoint): void {
+  const refuse = (message: string): never => {
+    throw new CaravanError('invalid_request', message);
+  };
+  if (load.rank >= load.peers.length) refuse(`rank ${load.rank} of ${load.peers.length}`);
+  for (const field of ['maxSeqLen', 'maxBatchSize', 'maxStepRows', 'stepTimeoutMs'] as const) {
+    if (load[field] < 1) refuse(`${field} is ${load[field]}; it must be at least 1`);
+  }
+  if (load.checkpointDigest !== checkpoint.digest) {
+    throw new CaravanError(
+      'invalid_checkpoint',
+      `${load.modelPath}: is not the checkpoint that the coordinator sees (digest ${checkpoint.digest})`,
+    );
+  }
+}

@@ -1,0 +1,258 @@
+/**
+ * The gRPC face of a rank.
+ *
+ *   idle ──Load──> loading ──> serving ──stream ends or a step fails──> idle
+ *
+ * One coordinator holds the rank at a time, by its Drive stream. When the stream ends, a step under way
+ * is aborted, the group is left, and the weights stay for the next Load of the same shard.
+ */
+import { Server, ServerCredentials, type ServerDuplexStream } from '@grpc/grpc-js';
+import { openCheckpoint, sliceBytes } from '../model/checkpoint.js';
+import { listSlices, planRanks, slicesOf } from '../model/plan.js';
+import { CaravanError, toCaravanError } from '../proto/errors.js';
+import {
+  PeerService,
+  RankService,
+  Weights,
+  type Command,
+  type Load,
+  type Report,
+} from '../proto/gen/cluster.js';
+import { PROTOCOL } from '../proto/protocol.js';
+import { peerChannelOptions } from './all-reduce.js';
+import { checkLoad, Group } from './group.js';
+import { Lobby } from './lobby.js';
+import type { Ort } from './ort.js';
+import { Shard } from './shard.js';
+
+type DriveCall = ServerDuplexStream<Command, Report>;
+
+/** Loading progress is reported at most this often. */
+const PROGRESS_EVERY_MS = 200;
+
+export interface RankLog {
+  info(fields: object, message: string): void;
+  warn(fields: object, message: string): void;
+}
+
+export class RankServer {
+  readonly #ort: Ort;
+  readonly #log: RankLog;
+  readonly #server = new Server(peerChannelOptions);
+  readonly #lobby = new Lobby();
+  #kept: { readonly key: string; readonly shard: Shard } | null = null;
+  /** Resolves when the coordinator that holds the rank has let it go; null while nobody does. */
+  #held: Promise<void> | null = null;
+  #isHolderAlive = false;
+
+  constructor(ort: Ort, log: RankLog) {
+    this.#ort = ort;
+    this.#log = log;
+    this.#server.addService(RankService, {
+      drive: (call: DriveCall) => {
+        void this.#drive(call);
+      },
+    });
+    this.#server.addService(PeerService, {
+      exchange: (call: Parameters<Lobby['enter']>[0]) => {
+        this.#lobby.enter(call);
+      },
+    });
+  }
+
+  /** @returns the port. @throws CaravanError `bad_usage` when the address cannot be bound. */
+  listen(address: string): Promise<number> {
+    return new Promise((resolve, reject) => {
+      this.#server.bindAsync(address, ServerCredentials.createInsecure(), (error, port) => {
+        if (error === null) resolve(port);
+        else reject(new CaravanError('bad_usage', `--listen ${address}: ${error.message}`));
+      });
+    });
+  }
+
+  /** Ends every stream at once. */
+  stop(): void {
+    this.#server.forceShutdown();
+  }
+
+  async #drive(call: DriveCall): Promise<void> {
+    const commands = new CommandQueue(call);
+    // The stream may break at any moment; the queue ends then, and there is nothing else to do.
+    call.on('error', () => undefined);
+    try {
+      if (this.#isHolderAlive) {
+        throw new CaravanError('rank_busy', 'another coordinator holds this rank');
+      }
+      this.#isHolderAlive = true;
+      // The last holder is gone but its step may still be ending.
+      while (this.#held !== null) await this.#held;
+      const serving = this.#serve(call, commands);
+      this.#held = serving.then(
+        () => undefined,
+        () => undefined,
+      );
+      try {
+        await serving;
+      } finally {
+        this.#held = null;
+        this.#isHolderAlive = false;
+      }
+      call.end();
+    } catch (thrown) {
+      const error = toCaravanError(thrown);
+      if (!call.cancelled) {
+        this.#log.warn({ code: error.code }, error.message);
+        const { code, message } = error;
+        call.write({ kind: { $case: 'failure', failure: { code, message } } });
+      }
+      call.end();
+    }
+  }
+
+  async #serve(call: DriveCall, commands: CommandQueue): Promise<void> {
+    const first = await commands.next();
+    if (first === null) return;
+    if (first.$case !== 'load') {
+      throw new CaravanError('internal', `the first command is ${first.$case}, not load`);
+    }
+    const group = await this.#load(call, first.load, commands.ended);
+    const onEnd = (): void => {
+      group.abort(new CaravanError('cancelled', 'the coordinator is gone'));
+    };
+    commands.ended.addEventListener('abort', onEnd, { once: true });
+    try {
+      for (;;) {
+        const command = await commands.next();
+        if (command === null) return;
+        const kind = await answer(command, group);
+        call.write({ kind });
+      }
+    } catch (thrown) {
+      if (commands.ended.aborted) return;
+      throw thrown;
+    } finally {
+      commands.ended.removeEventListener('abort', onEnd);
+      group.close();
+    }
+  }
+
+  async #load(call: DriveCall, load: Load, signal: AbortSignal): Promise<Group> {
+    if (load.protocol !== PROTOCOL) {
+      throw new CaravanError(
+        'protocol_mismatch',
+        `the coordinator speaks protocol ${load.protocol}, this rank ${PROTOCOL}`,
+      );
+    }
+    if (load.weights !== Weights.WEIGHTS_FP32) {
+      throw new CaravanError('invalid_request', `weights mode ${load.weights} is not known`);
+    }
+    const shard = await this.#shardFor(call, load, signal);
+    const group = await Group.join(this.#ort, shard.shard, load, this.#lobby, signal);
+    const { vocab } = shard.shard.plan;
+    const loaded = {
+      weightBytes: shard.shard.weightBytes,
+      kvBytes: group.kvBytes,
+      bytesRead: shard.bytesRead,
+      vocabStart: vocab.start,
+      vocabCount: vocab.count,
+    };
+    call.write({ kind: { $case: 'loaded', loaded } });
+    this.#log.info({ rank: load.rank, tp: load.peers.length, ...loaded }, 'loaded');
+    return group;
+  }
+
+  /** The shard of the last Load when it is the same, else a new one; the old one goes first. */
+  async #shardFor(
+    call: DriveCall,
+    load: Load,
+    signal: AbortSignal,
+  ): Promise<{ shard: Shard; bytesRead: number }> {
+    const checkpoint = openCheckpoint(load.modelPath);
+    checkLoad(load, checkpoint);
+    const tp = load.peers.length;
+    const key = [checkpoint.digest, checkpoint.localStamp, load.weights, load.rank, tp].join('\n');
+    if (this.#kept?.key === key) return { shard: this.#kept.shard, bytesRead: 0 };
+    this.#kept?.shard.release();
+    this.#kept = null;
+    const plan = planRanks(checkpoint.config, tp)[load.rank]!;
+    const bytesTotal = listSlices(slicesOf(checkpoint.config, plan)).reduce(
+      (sum, slice) => sum + sliceBytes(checkpoint, slice),
+      0,
+    );
+    let reportedMs = 0;
+    const shard = await Shard.load(
+      this.#ort,
+      checkpoint,
+      plan,
+      (bytesRead) => {
+        if (performance.now() - reportedMs < PROGRESS_EVERY_MS) return;
+        reportedMs = performance.now();
+        const loadProgress = { bytesRead, bytesTotal };
+        call.write({ kind: { $case: 'loadProgress', loadProgress } });
+      },
+      signal,
+    );
+    this.#kept = { key, shard };
+    return { shard, bytesRead: shard.bytesRead };
+  }
+}
+
+async function answer(
+  command: NonNullable<Command['kind']>,
+  group: Group,
+): Promise<NonNullable<Report['kind']>> {
+  switch (command.$case) {
+    case 'step':
+      return { $case: 'stepResult', stepResult: await group.forward.run(command.step) };
+    case 'fetchRow': {
+      const { stepNumber, row } = command.fetchRow;
+      const slice = group.forward.row(stepNumber, row);
+      const logits = Buffer.from(slice.buffer, slice.byteOffset, slice.byteLength);
+      return { $case: 'row', row: { stepNumber, row, logits } };
+    }
+    case 'ping':
+    case 'load':
+      throw new CaravanError('internal', `a ${command.$case} in the wrong place`);
+  }
+}
+
+/** Commands in order, except pings, which are answered at once. */
+class CommandQueue {
+  readonly #waiting: NonNullable<Command['kind']>[] = [];
+  readonly #ended = new AbortController();
+  #wake: (() => void) | null = null;
+
+  constructor(call: DriveCall) {
+    call.on('data', ({ kind }: Command) => {
+      if (kind === undefined) return;
+      if (kind.$case === 'ping') {
+        call.write({ kind: { $case: 'pong', pong: kind.ping } });
+        return;
+      }
+      this.#waiting.push(kind);
+      this.#wake?.();
+    });
+    const end = (): void => {
+      this.#ended.abort(new CaravanError('cancelled', 'the coordinator is gone'));
+      this.#wake?.();
+    };
+    call.on('end', end);
+    call.on('cancelled', end);
+    call.on('error', end);
+  }
+
+  /** Aborts when the coordinator is gone. */
+  get ended(): AbortSignal {
+    return this.#ended.signal;
+  }
+
+  /** The next command, or null when there will be none. */
+  async next(): Promise<NonNullable<Command['kind']> | null> {
+    while (this.#waiting.length === 0) {
+      if (this.#ended.signal.aborted) return null;
+      await new Promise<void>((resolve) => (this.#wake = resolve));
+      this.#wake = null;
+    }
+    return this.#ended.signal.aborted ? null : this.#waiting.shift()!;
+  }
+}
