@@ -1,8 +1,23 @@
 /**
  * An engine: the loop that turns sequences into steps of its group of ranks.
+ *
+ *   add ──> slots ──> scheduler ──> ranks.forward ──> sampler ──> sink
+ *             ^                                          │
+ *             └────────────── finished, cancelled <──────┘
+ *
+ * Nothing here waits for Redis or HTTP: sinks take what they hear and return at once.
  */
-import type { CaravanError } from '../proto/errors.js';
+import type { Tokenizer } from '../model/tokenizer.js';
+import { CaravanError, toCaravanError } from '../proto/errors.js';
+import { SampledRows, type Chunk, type Step, type StepResult } from '../proto/gen/cluster.js';
+import { coin, purpose } from './coin.js';
+import type { Ranks } from './ranks.js';
 import type { FinishReason, Request } from './request.js';
+import { mergeCandidates, pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
+import { adaptBudget, planStep, type StepPlan } from './scheduler.js';
+import { Sequence } from './sequence.js';
+import { Slots } from './slots.js';
+import { TextStream } from './text-stream.js';
 
 /** One generation to run. A job with n sequences adds n of these. */
 export interface SequenceSpec {
@@ -35,9 +50,253 @@ export interface Engine {
   readonly freeSlotCount: number;
   /**
    * Starts a sequence.
-   * @throws CaravanError `internal` when no slot is free.
+   * @throws CaravanError `internal` when no slot is free, `rank_failed` when the engine has ended.
    */
   add(spec: SequenceSpec, sink: SequenceSink): SequenceHandle;
   /** Runs until the signal aborts or a rank fails; every sequence's sink hears `fail` then. */
   run(signal: AbortSignal): Promise<void>;
+}
+
+export interface EngineOptions {
+  readonly maxSeqLen: number;
+  readonly maxBatchSize: number;
+  /** Most rows of a step; what the group was loaded with. */
+  readonly maxStepRows: number;
+  /** Most tokens of one chunk; maxStepRows when left out. */
+  readonly maxChunkTokens?: number;
+  readonly isExact: boolean;
+  /** Hears of every step, for metrics. */
+  readonly onStep?: (figures: StepFigures) => void;
+}
+
+export interface StepFigures {
+  readonly rows: number;
+  readonly sequences: number;
+  /** From planning to the last sink, and what of it the ranks took (the slowest). */
+  readonly totalMs: number;
+  readonly ranksMs: number;
+  /** Waiting for peers, of the rank that computed longest. */
+  readonly waitMs: number;
+  /** The longest time that a rank did not serve the network. */
+  readonly stretchMs: number;
+}
+
+/** A first guess until steps have been measured. */
+const FIRST_TOKEN_BUDGET = 64;
+
+export class RankEngine implements Engine {
+  readonly #ranks: Ranks;
+  readonly #tokenizer: Tokenizer;
+  readonly #options: EngineOptions;
+  readonly #slots: Slots;
+  /** In the order in which they came. */
+  #sequences: Sequence[] = [];
+  #stepNumber = 0;
+  #tokenBudget: number;
+  #wake: (() => void) | null = null;
+  #ended: CaravanError | null = null;
+
+  constructor(ranks: Ranks, tokenizer: Tokenizer, options: EngineOptions) {
+    this.#ranks = ranks;
+    this.#tokenizer = tokenizer;
+    this.#options = options;
+    this.#slots = new Slots(options.maxBatchSize);
+    this.#tokenBudget = Math.min(FIRST_TOKEN_BUDGET, options.maxStepRows);
+  }
+
+  get freeSlotCount(): number {
+    return this.#ended === null ? this.#slots.freeCount : 0;
+  }
+
+  get sequenceCount(): number {
+    return this.#sequences.length;
+  }
+
+  add(spec: SequenceSpec, sink: SequenceSink): SequenceHandle {
+    if (this.#ended !== null) throw this.#ended;
+    const { maxSeqLen, isExact } = this.#options;
+    const promptTokens = spec.request.promptTokenIds.length;
+    if (promptTokens < 1 || promptTokens >= maxSeqLen) {
+      throw new CaravanError(
+        'context_length_exceeded',
+        `the prompt has ${promptTokens} tokens; it must have 1 to ${maxSeqLen - 1}`,
+        { param: 'prompt' },
+      );
+    }
+    const slot = this.#slots.take();
+    if (slot === null) throw new CaravanError('internal', 'no slot is free');
+    const text = new TextStream(this.#tokenizer, spec.request);
+    const sequence = new Sequence(spec, slot, sink, text, {
+      maxSeqLen,
+      isExact,
+      eosTokenIds: new Set(this.#tokenizer.eosTokenIds),
+    });
+    this.#sequences.push(sequence);
+    this.#wake?.();
+    return {
+      cancel: () => {
+        sequence.isCancelled = true;
+        this.#wake?.();
+      },
+    };
+  }
+
+  async run(signal: AbortSignal): Promise<void> {
+    const stop = (): void => this.#wake?.();
+    signal.addEventListener('abort', stop);
+    void this.#ranks.lost.then((error) => {
+      this.#end(error);
+    });
+    try {
+      while (!signal.aborted && this.#ended === null) {
+        this.#sweep();
+        if (this.#sequences.length === 0) await this.#idle();
+        else await this.#step();
+      }
+      this.#end(new CaravanError('cancelled', 'the engine was stopped'));
+    } catch (thrown) {
+      const error = toCaravanError(thrown);
+      this.#end(error);
+      throw error;
+    } finally {
+      signal.removeEventListener('abort', stop);
+      this.#ranks.close();
+    }
+    if (!signal.aborted && this.#ended !== null) throw this.#ended;
+  }
+
+  /** Cancelled sequences leave, and resumed ones that were already over end. */
+  #sweep(): void {
+    for (const sequence of [...this.#sequences]) {
+      if (sequence.isCancelled) this.#leave(sequence);
+      else if (sequence.isNew) {
+        const reason = sequence.resumedEnding;
+        if (reason !== null) this.#finish(sequence, reason);
+      }
+    }
+  }
+
+  async #idle(): Promise<void> {
+    await new Promise<void>((resolve) => (this.#wake = resolve));
+    this.#wake = null;
+  }
+
+  async #step(): Promise<void> {
+    const startMs = performance.now();
+    const { maxStepRows, maxChunkTokens } = this.#options;
+    const plan = planStep(this.#sequences, {
+      tokenBudget: this.#tokenBudget,
+      maxChunkTokens: maxChunkTokens ?? maxStepRows,
+    });
+    const step = this.#toStep(plan);
+    const sentMs = performance.now();
+    const results = await this.#ranks.forward(step);
+    const ranksMs = performance.now() - sentMs;
+    const rows = plan.decodes.length + plan.chunks.reduce((sum, { count }) => sum + count, 0);
+    for (const sequence of plan.decodes) sequence.markFed(1);
+    for (const { sequence, count } of plan.chunks) sequence.markFed(count);
+    await this.#sample(plan, step, results);
+
+    const stretchUs = Math.max(...results.map((result) => result.longestStretchUs));
+    this.#tokenBudget = adaptBudget(this.#tokenBudget, maxStepRows, rows, stretchUs);
+    const busiest = results.reduce((a, b) => (b.computeUs > a.computeUs ? b : a));
+    this.#options.onStep?.({
+      rows,
+      sequences: plan.decodes.length + plan.chunks.length,
+      totalMs: performance.now() - startMs,
+      ranksMs,
+      waitMs: busiest.waitUs / 1000,
+      stretchMs: stretchUs / 1000,
+    });
+  }
+
+  #toStep({ decodes, chunks }: StepPlan<Sequence>): Step {
+    this.#stepNumber += 1;
+    const starting = chunks.map(({ sequence }) => sequence).filter((sequence) => sequence.isNew);
+    for (const sequence of starting) sequence.isNew = false;
+    const isSampling = [...decodes, ...chunks.map(({ sequence }) => sequence)].some(
+      ({ spec }) => spec.request.sampling.temperature > 0,
+    );
+    return {
+      number: this.#stepNumber,
+      joins: starting.map(({ slot, spec }) => ({
+        slot,
+        temperature: spec.request.sampling.temperature,
+      })),
+      decodeSlots: decodes.map(({ slot }) => slot),
+      decodeTokens: decodes.map(({ decodeToken }) => decodeToken),
+      chunks: chunks.map(({ sequence, count }): Chunk => ({
+        slot: sequence.slot,
+        tokens: sequence.nextTokens(count),
+        sampledRows: sequence.isSampledAfter(count)
+          ? SampledRows.SAMPLED_ROWS_LAST
+          : SampledRows.SAMPLED_ROWS_NONE,
+        targets: [],
+      })),
+      topK: isSampling ? SAMPLED_TOP_K : 1,
+    };
+  }
+
+  /** Sampled rows are the decodes, then the chunks that end a prompt; forced rows are passed over. */
+  async #sample(
+    { decodes, chunks }: StepPlan<Sequence>,
+    step: Step,
+    results: readonly StepResult[],
+  ): Promise<void> {
+    let row = 0;
+    for (const sequence of decodes) {
+      if (sequence.isSampledAfter(0)) await this.#sampleRow(sequence, step.number, results, row);
+      row += 1;
+    }
+    for (const [i, { sequence }] of chunks.entries()) {
+      if (step.chunks[i]!.sampledRows === SampledRows.SAMPLED_ROWS_NONE) continue;
+      await this.#sampleRow(sequence, step.number, results, row);
+      row += 1;
+    }
+  }
+
+  async #sampleRow(
+    sequence: Sequence,
+    stepNumber: number,
+    results: readonly StepResult[],
+    row: number,
+  ): Promise<void> {
+    if (sequence.isCancelled) return;
+    const { sampling } = sequence.spec.request;
+    const drawn =
+      sampling.temperature === 0
+        ? 0
+        : coin(sampling.seed, sequence.spec.index, sequence.position, purpose.sample);
+    const candidates = mergeCandidates(results, this.#ranks.vocabCounts, row);
+    const token =
+      pickToken(candidates, sampling, drawn) ??
+      pickToken(
+        wholeRowCandidates(await this.#ranks.fetchRow(stepNumber, row), candidates.lse),
+        sampling,
+        drawn,
+      );
+    if (token === null) throw new CaravanError('internal', 'a whole row gave no token');
+    const reason = sequence.accept(token);
+    if (reason !== null) this.#finish(sequence, reason);
+  }
+
+  #finish(sequence: Sequence, reason: FinishReason): void {
+    this.#leave(sequence);
+    sequence.sink.end(reason, sequence.endText());
+  }
+
+  #leave(sequence: Sequence): void {
+    this.#sequences = this.#sequences.filter((other) => other !== sequence);
+    this.#slots.release(sequence.slot);
+  }
+
+  /** The first reason stands; every sequence hears of it. */
+  #end(error: CaravanError): void {
+    if (this.#ended !== null) return;
+    this.#ended = error;
+    for (const sequence of this.#sequences.splice(0)) {
+      if (!sequence.isCancelled) sequence.sink.fail(error);
+    }
+    this.#wake?.();
+  }
 }

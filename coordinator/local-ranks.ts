@@ -1,0 +1,72 @@
+/**
+ * Rank processes on this machine: children that end with their parent.
+ */
+import { fork, type ChildProcess } from 'node:child_process';
+import os from 'node:os';
+import { CaravanError } from '../proto/errors.js';
+import { workerEntry } from './package-root.js';
+
+const START_TIMEOUT_MS = 30_000;
+
+export interface LocalRank {
+  readonly address: string;
+  readonly process: ChildProcess;
+}
+
+/** Threads for each of `rankCount` ranks, so that all of them together use the machine's cores. */
+export const threadsPerRank = (rankCount: number): number =>
+  Math.max(1, Math.floor(os.availableParallelism() / rankCount));
+
+/** A file that a child can be: kept short, since it is read at start. */
+export interface LocalRankOptions {
+  readonly threads: number;
+  readonly device: string;
+  readonly logLevel: string;
+}
+
+/**
+ * Starts one rank process on a free port of the loopback interface.
+ *
+ * @throws CaravanError `rank_unavailable` when it does not come up.
+ */
+export async function startLocalRank(options: LocalRankOptions): Promise<LocalRank> {
+  const { threads, device, logLevel } = options;
+  const child = fork(
+    workerEntry,
+    ['--listen', '127.0.0.1:0', '--device', device, '--threads', String(threads)].concat([
+      '--log-level',
+      logLevel,
+    ]),
+    { stdio: ['ignore', 'ignore', 'inherit', 'ipc'] },
+  );
+  return new Promise((resolve, reject) => {
+    const fail = (reason: string): void => {
+      clearTimeout(timer);
+      child.kill('SIGKILL');
+      reject(new CaravanError('rank_unavailable', `a rank process did not start: ${reason}`));
+    };
+    const timer = setTimeout(() => {
+      fail(`no answer within ${START_TIMEOUT_MS} ms`);
+    }, START_TIMEOUT_MS);
+    child.once('error', (error) => {
+      fail(error.message);
+    });
+    child.once('exit', (code, signal) => {
+      fail(`it ended with ${signal ?? `code ${code ?? '?'}`}`);
+    });
+    child.once('message', (message: { address: string }) => {
+      clearTimeout(timer);
+      child.removeAllListeners('error');
+      child.removeAllListeners('exit');
+      resolve({ address: message.address, process: child });
+    });
+  });
+}
+
+/** Ends a rank process and waits until it is gone. */
+export async function stopLocalRank({ process: child }: LocalRank): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return;
+  const gone = new Promise((resolve) => child.once('exit', resolve));
+  child.kill('SIGTERM');
+  await gone;
+}

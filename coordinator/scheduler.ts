@@ -1,0 +1,81 @@
+/**
+ * Picks the rows of the next step: pure, synchronous, without clock or I/O.
+ *
+ * Every decoding sequence gets its one row. What is left of the token budget goes to prompts, in the order in
+ * which their sequences came. A chunk has at least two tokens, and leaves none or at least two behind, since
+ * attention over a single row takes another kernel: so the chunking cannot be seen in the result.
+ */
+
+export interface Schedulable {
+  readonly slot: number;
+  /** Tokens that are still to be fed in chunks; 0 when it decodes. */
+  readonly prefillLeft: number;
+}
+
+export interface StepLimits {
+  /** Rows of one step, unless there are more decodes than that. */
+  readonly tokenBudget: number;
+  /** Tokens of one chunk. 1 switches the rule of two off. */
+  readonly maxChunkTokens: number;
+}
+
+export interface StepPlan<T extends Schedulable> {
+  /** By rising slot. */
+  readonly decodes: readonly T[];
+  readonly chunks: readonly { readonly sequence: T; readonly count: number }[];
+}
+
+/** Prompts get at least this much of a step, however many sequences decode. */
+const MIN_PREFILL_TOKENS = 16;
+
+/** @param sequences in the order in which they came. */
+export function planStep<T extends Schedulable>(
+  sequences: readonly T[],
+  { tokenBudget, maxChunkTokens }: StepLimits,
+): StepPlan<T> {
+  const decodes = sequences
+    .filter((sequence) => sequence.prefillLeft === 0)
+    .sort((a, b) => a.slot - b.slot);
+  const chunks: { sequence: T; count: number }[] = [];
+  let left = Math.max(tokenBudget - decodes.length, MIN_PREFILL_TOKENS);
+  for (const sequence of sequences) {
+    if (sequence.prefillLeft === 0) continue;
+    const count = chunkOf(sequence.prefillLeft, Math.min(left, maxChunkTokens), maxChunkTokens);
+    if (count === 0) continue;
+    chunks.push({ sequence, count });
+    left -= count;
+  }
+  return { decodes, chunks };
+}
+
+function chunkOf(prefillLeft: number, most: number, maxChunkTokens: number): number {
+  if (prefillLeft === 1) return Math.min(most, 1);
+  let count = Math.min(prefillLeft, most);
+  if (maxChunkTokens < 3) return count;
+  if (prefillLeft - count === 1) count -= 1;
+  return count < 2 ? 0 : count;
+}
+
+/** A step should not keep a rank from serving the network for longer than this. */
+const STRETCH_LIMIT_US = 40_000;
+const MIN_TOKEN_BUDGET = 16;
+
+/**
+ * The budget for coming steps: halved when a rank was deaf for too long in a step that was full, doubled while
+ * it was well within the limit.
+ *
+ * @param rows of the last step. @param stretchUs the longest stretch of any rank in it.
+ */
+export function adaptBudget(
+  tokenBudget: number,
+  maxTokenBudget: number,
+  rows: number,
+  stretchUs: number,
+): number {
+  if (stretchUs > STRETCH_LIMIT_US && rows > MIN_TOKEN_BUDGET) {
+    return Math.max(MIN_TOKEN_BUDGET, Math.min(tokenBudget, rows) >> 1);
+  }
+  const isFull = rows * 2 > tokenBudget;
+  if (isFull && stretchUs * 3 < STRETCH_LIMIT_US) return Math.min(maxTokenBudget, tokenBudget * 2);
+  return tokenBudget;
+}

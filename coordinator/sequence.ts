@@ -1,0 +1,110 @@
+/**
+ * One running generation.
+ *
+ *   prefill ──> decode ──> finished
+ *
+ * Its tokens are the prompt, then what was generated. The first `fed` of them are in the KV cache. Tokens that
+ * an earlier take generated are known from the start: they are fed like the prompt, or, in exact mode,
+ * one by one as forced decode rows, because attention over one row takes another kernel than over many.
+ */
+import type { FinishReason } from './request.js';
+import type { SequenceSink, SequenceSpec } from './engine.js';
+import type { Schedulable } from './scheduler.js';
+import type { TextStream } from './text-stream.js';
+
+export interface SequenceLimits {
+  readonly maxSeqLen: number;
+  readonly eosTokenIds: ReadonlySet<number>;
+  readonly isExact: boolean;
+}
+
+export class Sequence implements Schedulable {
+  readonly slot: number;
+  readonly spec: SequenceSpec;
+  readonly sink: SequenceSink;
+  readonly #limits: SequenceLimits;
+  readonly #text: TextStream;
+  readonly #tokens: number[];
+  readonly #promptLength: number;
+  /** Tokens that are fed in chunks. */
+  readonly #prefillEnd: number;
+  #fed = 0;
+  /** True until a step has told the ranks of it. */
+  isNew = true;
+  /** Set when somebody wants it gone: it leaves before the next step. */
+  isCancelled = false;
+
+  /** @param text a fresh stream; resumed tokens are pushed through it silently. */
+  constructor(
+    spec: SequenceSpec,
+    slot: number,
+    sink: SequenceSink,
+    text: TextStream,
+    limits: SequenceLimits,
+  ) {
+    this.spec = spec;
+    this.slot = slot;
+    this.sink = sink;
+    this.#text = text;
+    this.#limits = limits;
+    this.#promptLength = spec.request.promptTokenIds.length;
+    this.#tokens = [...spec.request.promptTokenIds, ...spec.resumeTokenIds];
+    for (const token of spec.resumeTokenIds) this.#text.push(token);
+    this.#prefillEnd = limits.isExact ? this.#promptLength : this.#tokens.length;
+  }
+
+  get prefillLeft(): number {
+    return Math.max(0, this.#prefillEnd - this.#fed);
+  }
+
+  /** Number of the token that is generated next, from 0. */
+  get position(): number {
+    return this.#tokens.length - this.#promptLength;
+  }
+
+  /** The token of the next decode row. */
+  get decodeToken(): number {
+    return this.#tokens[this.#fed]!;
+  }
+
+  /** The next `count` tokens to be fed. */
+  nextTokens(count: number): number[] {
+    return this.#tokens.slice(this.#fed, this.#fed + count);
+  }
+
+  /** Whether the row after the next `count` tokens says something new. */
+  isSampledAfter(count: number): boolean {
+    return this.#fed + count === this.#tokens.length;
+  }
+
+  /** `count` tokens more are in the KV cache. */
+  markFed(count: number): void {
+    this.#fed += count;
+  }
+
+  /** Why a resumed sequence is over before its first step, or null. */
+  get resumedEnding(): FinishReason | null {
+    const last = this.spec.resumeTokenIds.at(-1);
+    return last === undefined ? null : this.#endingAfter(last);
+  }
+
+  /** Takes the next token and tells the sink. @returns why the sequence is over, or null. */
+  accept(token: number): FinishReason | null {
+    this.#tokens.push(token);
+    this.sink.token(token, this.#text.push(token));
+    return this.#endingAfter(token);
+  }
+
+  /** Text that was held back. */
+  endText(): string {
+    return this.#text.end();
+  }
+
+  #endingAfter(token: number): FinishReason | null {
+    const { request } = this.spec;
+    if (this.#text.isStopped) return 'stop';
+    if (!request.ignoreEos && this.#limits.eosTokenIds.has(token)) return 'stop';
+    if (this.position >= request.maxTokens) return 'length';
+    return this.#tokens.length >= this.#limits.maxSeqLen ? 'length' : null;
+  }
+}
