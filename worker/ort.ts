@@ -6,7 +6,9 @@
  * table of function pointers in the order of `struct OrtApi` in onnxruntime_c_api.h, which only grows, so
  * an index never changes its meaning.
  */
+import fs from 'node:fs';
 import { createRequire } from 'node:module';
+import os from 'node:os';
 import path from 'node:path';
 import koffi from 'koffi';
 import { CaravanError } from '../proto/errors.js';
@@ -19,6 +21,7 @@ const functions = {
   CreateStatus: [0, 'void* F(int code, str message)'],
   GetErrorMessage: [2, 'str F(void* status)'],
   CreateEnv: [3, 'void* F(int level, str id, _Out_ void** out)'],
+  DisableTelemetryEvents: [6, 'void* F(void* env)'],
   CreateSessionFromArray: [
     8,
     'void* F(void* env, void* model, size_t bytes, void* options, _Out_ void** out)',
@@ -59,6 +62,11 @@ const elementTypeOf = (array: TensorArray): ElementType => {
   if (array instanceof Int8Array) return elementType.int8;
   return elementType.uint8;
 };
+
+/** The library's telemetry part leaves an empty file a process behind, telemetry off or not. */
+function removeTelemetryLog(): void {
+  fs.rmSync(path.join(os.tmpdir(), `mat-debug-${process.pid}.log`), { force: true });
+}
 
 /** Where the shared library of the npm package lies on this platform. */
 export function libraryPath(): string {
@@ -180,6 +188,8 @@ export class Ort {
 
     const warningsOnly = 3;
     this.#env = this.#create('CreateEnv', warningsOnly, 'caravan');
+    this.#check(this.#native.DisableTelemetryEvents(this.#env));
+    removeTelemetryLog();
     this.#options = this.#create('CreateSessionOptions');
     this.#check(this.#native.SetIntraOpNumThreads(this.#options, threadCount));
     const allOptimizations = 99;

@@ -1,6 +1,12 @@
 /** The whole command line: one file per command. */
 import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
+import { register as registerEval } from './eval.js';
+import { register as registerGenerate } from './generate.js';
+import { register as registerInspect } from './inspect.js';
+
+/** In the order of the help text. */
+const commands = [registerGenerate, registerEval, registerInspect];
 
 /** Ranks are processes of another room, which this one never imports: the launcher starts them. */
 const workerHelp = `
@@ -19,5 +25,6 @@ export function createProgram(): Command {
     // A failure is printed once, in one line, by main.
     .configureOutput({ outputError: () => undefined })
     .exitOverride();
+  for (const register of commands) register(program);
   return program;
 }

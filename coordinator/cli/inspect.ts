@@ -1,0 +1,140 @@
+/** `caravan inspect`: what a checkpoint is, and what each rank would hold of it. */
+import os from 'node:os';
+import type { Command } from 'commander';
+import { openCheckpoint, rankBytes, resolveModelPath, sliceBytes } from '../../model/checkpoint.js';
+import {
+  kvBytes,
+  legalTps,
+  listSlices,
+  planRanks,
+  slicesOf,
+  type RankPlan,
+} from '../../model/plan.js';
+import type { Checkpoint } from '../../model/checkpoint.js';
+import { groupSpec, DEFAULT_MAX_STEP_ROWS } from '../local-group.js';
+import { declareSettings } from './options.js';
+
+export function register(program: Command): void {
+  const command = program
+    .command('inspect')
+    .description('Shows what a checkpoint is, the plan of every rank, and whether it fits.')
+    .option('--slices', 'list every tensor slice of every rank');
+  const settings = declareSettings(command, [
+    'model',
+    'tp',
+    'device',
+    'weights',
+    'exact',
+    'maxSeqLen',
+    'maxBatchSize',
+    'json',
+  ]);
+  command.action(() => {
+    const { model, tp, maxSeqLen, maxBatchSize, json } = settings();
+    const { slices: showsSlices } = command.opts<{ slices?: true }>();
+    const checkpoint = openCheckpoint(resolveModelPath(model));
+    const spec = groupSpec(checkpoint, {
+      maxSeqLen,
+      maxBatchSize,
+      maxStepRows: DEFAULT_MAX_STEP_ROWS,
+    });
+    const report = describe(checkpoint, tp, spec.maxSeqLen, maxBatchSize);
+    if (json) process.stdout.write(`${JSON.stringify(report)}\n`);
+    else process.stdout.write(toText(report, showsSlices === true));
+  });
+}
+
+function describe(checkpoint: Checkpoint, tp: number, maxSeqLen: number, maxBatchSize: number) {
+  const { config } = checkpoint;
+  const ranks = planRanks(config, tp).map((plan) =>
+    describeRank(checkpoint, plan, maxSeqLen, maxBatchSize),
+  );
+  const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);
+  const machineBytes = os.totalmem();
+  const stored = [...checkpoint.tensors.values()];
+  return {
+    path: checkpoint.path,
+    layout: checkpoint.layout,
+    digest: checkpoint.digest,
+    config,
+    formats: [...new Set(stored.map((tensor) => tensor.format))].sort(),
+    parameterCount: stored.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0),
+    weights: 'fp32',
+    tp,
+    legalTp: { least: 1, most: legalTps(config).length },
+    maxSeqLen,
+    maxBatchSize,
+    ranks,
+    // All ranks on this machine: what `caravan up` would need.
+    neededBytes,
+    machineBytes,
+    fits: neededBytes <= machineBytes,
+  };
+}
+
+type Report = ReturnType<typeof describe>;
+
+function describeRank(
+  checkpoint: Checkpoint,
+  plan: RankPlan,
+  maxSeqLen: number,
+  maxBatchSize: number,
+) {
+  const { config } = checkpoint;
+  const slices = slicesOf(config, plan);
+  const list = listSlices(slices);
+  const elements = list.reduce((sum, { rows, columns }) => sum + rows.count * columns.count, 0);
+  const tiedHead = config.isHeadTied ? plan.vocab.count * config.hiddenSize : 0;
+  return {
+    rank: plan.rank,
+    queryHeads: plan.queryHeads,
+    kvHeads: plan.kvHeads,
+    ffn: plan.ffn,
+    vocab: plan.vocab,
+    /** What the rank reads of the checkpoint: headers and slices. */
+    readBytes: rankBytes(checkpoint, slices),
+    weightBytes: 4 * (elements + tiedHead),
+    kvBytes: kvBytes(config, plan, maxSeqLen, maxBatchSize),
+    slices: list.map((slice) => ({
+      tensor: slice.tensor,
+      rows: slice.rows,
+      columns: slice.columns,
+      bytes: sliceBytes(checkpoint, slice),
+    })),
+  };
+}
+
+const span = ({ start, count }: { start: number; count: number }): string =>
+  count === 0 ? 'none' : `${start}–${start + count - 1}`;
+
+const gigabytes = (bytes: number): string =>
+  bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+
+function toText(report: Report, showsSlices: boolean): string {
+  const { config } = report;
+  const lines = [
+    `${report.path} (${report.layout}, ${report.formats.join(', ')})`,
+    `  ${(report.parameterCount / 1e6).toFixed(1)} M parameters: ` +
+      `hidden ${config.hiddenSize}, ${config.layerCount} layers, ${config.headCount} query heads, ` +
+      `${config.kvHeadCount} KV heads of size ${config.headSize}, FFN ${config.ffnSize}, ` +
+      `vocabulary ${config.vocabSize}, context ${config.maxPositions}`,
+    `  tp ${report.tp} (legal: 1 to ${report.legalTp.most}), weights ${report.weights}, ` +
+      `${report.maxBatchSize} slots of ${report.maxSeqLen} positions`,
+  ];
+  for (const rank of report.ranks) {
+    lines.push(
+      `  rank ${rank.rank}: query heads ${span(rank.queryHeads)}, KV heads ${span(rank.kvHeads)}, ` +
+        `FFN ${span(rank.ffn)}, vocabulary ${span(rank.vocab)}; reads ${gigabytes(rank.readBytes)}, ` +
+        `weights ${gigabytes(rank.weightBytes)}, KV ${gigabytes(rank.kvBytes)}`,
+    );
+    if (!showsSlices) continue;
+    for (const { tensor, rows, columns, bytes } of rank.slices) {
+      lines.push(`    ${tensor} [${span(rows)}, ${span(columns)}] ${bytes} bytes`);
+    }
+  }
+  lines.push(
+    `  all ranks on this machine: ${gigabytes(report.neededBytes)} of ${gigabytes(report.machineBytes)}: ` +
+      (report.fits ? 'fits' : 'does not fit; lower --max-seq-len or --max-batch-size'),
+  );
+  return `${lines.join('\n')}\n`;
+}

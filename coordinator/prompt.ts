@@ -1,0 +1,49 @@
+/** The prompt of a command: a text to continue, or a file of messages to answer. */
+import fs from 'node:fs';
+import { z } from 'zod';
+import { renderLlama2Chat } from '../model/chat-template.js';
+import type { Tokenizer } from '../model/tokenizer.js';
+import { CaravanError } from '../proto/errors.js';
+import type { Request } from './request.js';
+
+const messages = z.array(z.object({ role: z.string(), content: z.string() })).min(1);
+
+export type Prompt = Pick<Request, 'promptTokenIds' | 'isTextStart'>;
+
+/**
+ * Tokens of the prompt. Neither text nor file is the empty prompt: BOS alone.
+ *
+ * @throws CaravanError `bad_usage` when the file is not an array of messages, `invalid_request` when the
+ *   messages break the model's rules.
+ */
+export function promptOf(
+  tokenizer: Tokenizer,
+  { prompt, chatFile }: { prompt: string | undefined; chatFile: string | undefined },
+): Prompt {
+  if (chatFile !== undefined) {
+    const promptTokenIds = renderLlama2Chat(readMessages(chatFile), tokenizer);
+    return { promptTokenIds, isTextStart: true };
+  }
+  const text = prompt ?? '';
+  return {
+    promptTokenIds: [tokenizer.bosTokenId, ...tokenizer.encode(text)],
+    isTextStart: text === '',
+  };
+}
+
+function readMessages(file: string): z.infer<typeof messages> {
+  let json: unknown;
+  try {
+    json = JSON.parse(fs.readFileSync(file, 'utf8'));
+  } catch (cause) {
+    const reason = cause instanceof SyntaxError ? 'is not valid JSON' : 'cannot be read';
+    throw new CaravanError('bad_usage', `--chat ${file}: ${reason}`, { cause });
+  }
+  const parsed = messages.safeParse(json);
+  if (parsed.success) return parsed.data;
+  const issue = parsed.error.issues[0];
+  throw new CaravanError(
+    'bad_usage',
+    `--chat ${file}: ${issue?.path.join('.') ?? ''}: ${issue?.message ?? ''}; it must be [{"role", "content"}, …]`,
+  );
+}
