@@ -8,15 +8,12 @@
  * Two buffers a rank are used in turn: a peer can be one all-reduce ahead, never two, since it needs our
  * partial of this one to go on.
  */
-import {
-  Metadata,
-  credentials,
-  type ClientDuplexStream,
-  type ServerDuplexStream,
-} from '@grpc/grpc-js';
+import { Client, credentials, type ClientReadableStream } from '@grpc/grpc-js';
 import { CaravanError } from '../proto/errors.js';
-import { PeerClient, type RankPartial } from '../proto/gen/cluster.js';
+import type { RankPartial } from '../proto/gen/cluster.js';
+import type { PeerCall } from './lobby.js';
 import type { Pacer } from './pacer.js';
+import { decodePartial, encodePartial, partialsMethod } from './partial-codec.js';
 import { allocate } from './shard.js';
 
 export type Turn = 0 | 1;
@@ -60,14 +57,17 @@ export class SoloAllReduce implements AllReduce {
   }
 }
 
-export type PeerCall =
-  ClientDuplexStream<RankPartial, RankPartial> | ServerDuplexStream<RankPartial, RankPartial>;
+/** The two streams that join us to a peer: one it sends on, one we send on. */
+export interface PeerStreams {
+  readonly incoming: ClientReadableStream<RankPartial>;
+  readonly outgoing: PeerCall;
+}
 
-/** Partials over one gRPC stream per pair of ranks. */
+/** Partials over gRPC: each rank calls each other rank, and receives on the call that it made. */
 export class GrpcAllReduce implements AllReduce {
   readonly partials: readonly (readonly Float32Array[])[];
   readonly #rank: number;
-  readonly #calls: readonly (PeerCall | null)[];
+  readonly #peers: readonly (PeerStreams | null)[];
   readonly #pacer: Pacer;
   readonly #timeoutMs: number;
   /** All-reduces begun; and, by peer, partials that have arrived, with the size of the last two. */
@@ -77,45 +77,44 @@ export class GrpcAllReduce implements AllReduce {
   #wake: (() => void) | null = null;
   #error: CaravanError | null = null;
 
-  /** @param calls one open stream per rank, null at our own place. */
+  /** @param peers one pair of streams per rank, null at our own place. */
   constructor(
     rank: number,
-    calls: readonly (PeerCall | null)[],
+    peers: readonly (PeerStreams | null)[],
     capacity: number,
     timeoutMs: number,
     pacer: Pacer,
   ) {
     this.#rank = rank;
-    this.#calls = calls;
+    this.#peers = peers;
     this.#pacer = pacer;
     this.#timeoutMs = timeoutMs;
-    const buffers = () => calls.map(() => allocate(capacity));
+    const buffers = () => peers.map(() => allocate(capacity));
     this.partials = [buffers(), buffers()];
-    this.#arrived = calls.map(() => 0);
-    this.#arrivedCounts = [calls.map(() => 0), calls.map(() => 0)];
-    calls.forEach((call, peer) => {
-      if (call === null) return;
-      call.on('data', (partial: RankPartial) => {
-        this.#receive(peer, partial);
-      });
+    this.#arrived = peers.map(() => 0);
+    this.#arrivedCounts = [peers.map(() => 0), peers.map(() => 0)];
+    peers.forEach((streams, peer) => {
+      if (streams === null) return;
       const lost = (): void => {
         this.abort(new CaravanError('rank_failed', `rank ${peer} left the group`));
       };
-      call.on('error', lost);
-      call.on('end', lost);
-      call.on('cancelled', lost);
+      streams.incoming.on('data', (partial: RankPartial) => {
+        this.#receive(peer, partial);
+      });
+      streams.incoming.on('error', lost);
+      streams.incoming.on('end', lost);
+      streams.outgoing.on('cancelled', lost);
+      streams.outgoing.on('error', lost);
     });
   }
 
   async exchange(turn: Turn, count: number): Promise<void> {
     const own = this.partials[turn]![this.#rank]!;
-    const partial: RankPartial = {
-      sequence: this.#sequence >>> 0,
-      data: Buffer.from(own.buffer, own.byteOffset, 4 * count),
-    };
+    // The message is a copy: the buffer is free again.
+    const bytes = new Uint8Array(own.buffer, own.byteOffset, 4 * count);
+    const message = encodePartial(this.#sequence, bytes);
     this.#sequence += 1;
-    // The message is serialized (copied) within write(): the buffer is free again after it.
-    for (const call of this.#calls) call?.write(partial);
+    for (const streams of this.#peers) streams?.outgoing.write(message);
     const deadlineMs = performance.now() + this.#timeoutMs;
     // One turn of the event loop at least, or our own partials would stay in the socket's queue.
     do {
@@ -123,9 +122,9 @@ export class GrpcAllReduce implements AllReduce {
       if (this.#error !== null) throw this.#error;
       if (!this.#isWhole()) await this.#waitForArrival(deadlineMs);
     } while (!this.#isWhole());
-    for (let peer = 0; peer < this.#calls.length; peer += 1) {
+    for (let peer = 0; peer < this.#peers.length; peer += 1) {
       const got = this.#arrivedCounts[turn][peer]!;
-      if (this.#calls[peer] !== null && got !== count) {
+      if (this.#peers[peer] !== null && got !== count) {
         throw new CaravanError('internal', `rank ${peer} sent ${got} elements, not ${count}`);
       }
     }
@@ -138,12 +137,12 @@ export class GrpcAllReduce implements AllReduce {
 
   close(): void {
     this.abort(new CaravanError('cancelled', 'the group was dissolved'));
-    for (const call of this.#calls) {
-      if (call === null) continue;
-      // A stream that was cancelled reports it as an error: nobody is interested.
-      call.on('error', () => undefined);
-      if ('cancel' in call) call.cancel();
-      else call.end();
+    for (const streams of this.#peers) {
+      if (streams === null) continue;
+      // Streams that are cut report it as an error: nobody is interested.
+      streams.incoming.on('error', () => undefined);
+      streams.incoming.cancel();
+      streams.outgoing.end();
     }
   }
 
@@ -193,33 +192,60 @@ export class GrpcAllReduce implements AllReduce {
 export const peerChannelOptions = {
   'grpc.max_receive_message_length': -1,
   'grpc.max_send_message_length': -1,
-  'grpc-node.flow_control_window': 32 * 1024 * 1024,
+  // Honoured by the calling side only, which is why the receiver of partials is the caller.
+  'grpc-node.flow_control_window': 64 * 1024 * 1024,
   'grpc.keepalive_time_ms': 10_000,
   'grpc.keepalive_timeout_ms': 10_000,
 };
 
-export const GROUP_KEY = 'caravan-group';
-export const RANK_KEY = 'caravan-rank';
+/** How often an address is tried again until the signal aborts. */
+const RETRY_MS = 100;
 
-/** Opens the stream to a lower rank, and waits until that rank has taken us into the group. */
-export async function dialPeer(
+/**
+ * Calls a peer for its partials, and waits until it has taken us into the group.
+ *
+ * @throws CaravanError `rank_unavailable` when the signal aborts before.
+ */
+export async function callPeer(
   address: string,
   group: string,
   rank: number,
   signal: AbortSignal,
-): Promise<PeerCall> {
-  const client = new PeerClient(address, credentials.createInsecure(), {
+): Promise<ClientReadableStream<RankPartial>> {
+  for (;;) {
+    const outcome = await callOnce(address, group, rank, signal);
+    if (!(outcome instanceof Error)) return outcome;
+    if (signal.aborted) {
+      throw new CaravanError(
+        'rank_unavailable',
+        `the peer at ${address} does not answer: ${outcome.message}`,
+        { cause: outcome },
+      );
+    }
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  }
+}
+
+async function callOnce(
+  address: string,
+  group: string,
+  rank: number,
+  signal: AbortSignal,
+): Promise<ClientReadableStream<RankPartial> | Error> {
+  const client = new Client(address, credentials.createInsecure(), {
     ...peerChannelOptions,
     'grpc.use_local_subchannel_pool': 1,
   });
-  const metadata = new Metadata({ waitForReady: true });
-  metadata.set(GROUP_KEY, group);
-  metadata.set(RANK_KEY, String(rank));
-  const call = client.exchange(metadata);
+  const call = client.makeServerStreamRequest(
+    partialsMethod.path,
+    partialsMethod.requestSerialize,
+    decodePartial,
+    { group, rank },
+  );
   call.on('close', () => {
     client.close();
   });
-  return new Promise((resolve, reject) => {
+  return new Promise((resolve) => {
     const cancel = (): void => {
       call.cancel();
     };
@@ -228,9 +254,10 @@ export async function dialPeer(
       signal.removeEventListener('abort', cancel);
       resolve(call);
     });
-    call.on('error', (cause: Error) => {
-      const message = `the peer at ${address} does not answer: ${cause.message}`;
-      reject(new CaravanError('rank_unavailable', message, { cause }));
+    call.on('error', (error: Error) => {
+      signal.removeEventListener('abort', cancel);
+      client.close();
+      resolve(error);
     });
   });
 }

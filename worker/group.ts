@@ -7,11 +7,11 @@ import { kvBytes } from '../model/plan.js';
 import { CaravanError } from '../proto/errors.js';
 import type { Load } from '../proto/gen/cluster.js';
 import {
-  dialPeer,
+  callPeer,
   GrpcAllReduce,
   SoloAllReduce,
   type AllReduce,
-  type PeerCall,
+  type PeerStreams,
 } from './all-reduce.js';
 import { Forward } from './forward.js';
 import { KvCache } from './kv-cache.js';
@@ -37,7 +37,7 @@ export class Group {
   }
 
   /**
-   * Reserves the KV cache and meets the peers: higher ranks call lower ones.
+   * Reserves the KV cache and meets the peers: each calls each other.
    *
    * @throws CaravanError `out_of_memory`, `rank_unavailable`, or the signal's reason.
    */
@@ -52,12 +52,12 @@ export class Group {
     refuseTooLittleMemory(kvBytes(config, plan, load.maxSeqLen, load.maxBatchSize));
     const pacer = new Pacer();
     const kv = new KvCache(ort, config, plan, load.maxSeqLen, load.maxBatchSize);
-    const calls = await meetPeers(load, lobby, signal);
+    const peers = await meetPeers(load, lobby, signal);
     const capacity = load.maxStepRows * config.hiddenSize;
     const allReduce =
       plan.tp === 1
         ? new SoloAllReduce(capacity, pacer)
-        : new GrpcAllReduce(plan.rank, calls, capacity, load.stepTimeoutMs, pacer);
+        : new GrpcAllReduce(plan.rank, peers, capacity, load.stepTimeoutMs, pacer);
     const workspace = new Workspace(
       ort,
       config,
@@ -84,16 +84,18 @@ export class Group {
 }
 
 async function meetPeers(
-  load: Load,
+  { peers, group, rank }: Load,
   lobby: Lobby,
   signal: AbortSignal,
-): Promise<(PeerCall | null)[]> {
+): Promise<(PeerStreams | null)[]> {
   return Promise.all(
-    load.peers.map((address, peer) => {
-      if (peer === load.rank) return Promise.resolve(null);
-      return peer < load.rank
-        ? dialPeer(address, load.group, load.rank, signal)
-        : lobby.meet(load.group, peer, signal);
+    peers.map(async (address, peer) => {
+      if (peer === rank) return null;
+      const [incoming, outgoing] = await Promise.all([
+        callPeer(address, group, rank, signal),
+        lobby.meet({ group, rank: peer }, signal),
+      ]);
+      return { incoming, outgoing };
     }),
   );
 }

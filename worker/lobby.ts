@@ -1,22 +1,21 @@
 /**
  * Where calls of peers wait for the group that they name: a peer can be ready before us.
  */
-import { status, type ServerDuplexStream } from '@grpc/grpc-js';
-import { Metadata } from '@grpc/grpc-js';
-import type { RankPartial } from '../proto/gen/cluster.js';
-import { GROUP_KEY, RANK_KEY, type PeerCall } from './all-reduce.js';
+import { Metadata, status, type ServerWritableStream } from '@grpc/grpc-js';
+import type { Membership } from '../proto/gen/cluster.js';
 
-type Call = ServerDuplexStream<RankPartial, RankPartial>;
+/** A peer's call for our partials, on which we write them encoded. */
+export type PeerCall = ServerWritableStream<Membership, Buffer>;
 
 const MAX_WAITING = 256;
 
 export class Lobby {
-  readonly #waiting = new Map<string, Call>();
-  readonly #expected = new Map<string, (call: Call) => void>();
+  readonly #waiting = new Map<string, PeerCall>();
+  readonly #expected = new Map<string, (call: PeerCall) => void>();
 
   /** A peer's call has come in. */
-  enter(call: Call): void {
-    const key = `${first(call.metadata, GROUP_KEY)}/${first(call.metadata, RANK_KEY)}`;
+  enter(call: PeerCall): void {
+    const key = keyOf(call.request);
     const expecting = this.#expected.get(key);
     if (expecting !== undefined) {
       this.#expected.delete(key);
@@ -31,19 +30,17 @@ export class Lobby {
       return;
     }
     this.#waiting.set(key, call);
-    const forget = (): void => {
+    call.on('cancelled', () => {
       if (this.#waiting.get(key) === call) this.#waiting.delete(key);
-    };
-    call.on('cancelled', forget);
-    call.on('error', forget);
+    });
   }
 
-  /** Waits for the call of one peer and takes it into the group. */
-  async meet(group: string, rank: number, signal: AbortSignal): Promise<PeerCall> {
-    const key = `${group}/${rank}`;
+  /** Waits for the call of one peer and takes it into the group. @throws the signal's reason. */
+  async meet(membership: Membership, signal: AbortSignal): Promise<PeerCall> {
+    const key = keyOf(membership);
     let call = this.#waiting.get(key);
     this.#waiting.delete(key);
-    call ??= await new Promise<Call>((resolve, reject) => {
+    call ??= await new Promise<PeerCall>((resolve, reject) => {
       this.#expected.set(key, resolve);
       signal.addEventListener(
         'abort',
@@ -59,4 +56,4 @@ export class Lobby {
   }
 }
 
-const first = (metadata: Metadata, key: string): string => String(metadata.get(key)[0] ?? '');
+const keyOf = ({ group, rank }: Membership): string => `${group}/${rank}`;

@@ -20,7 +20,6 @@ const API_VERSION = 24;
 const functions = {
   CreateStatus: [0, 'void* F(int code, str message)'],
   GetErrorMessage: [2, 'str F(void* status)'],
-  CreateEnv: [3, 'void* F(int level, str id, _Out_ void** out)'],
   DisableTelemetryEvents: [6, 'void* F(void* env)'],
   CreateSessionFromArray: [
     8,
@@ -33,7 +32,6 @@ const functions = {
   CreateSessionOptions: [10, 'void* F(_Out_ void** out)'],
   DisableCpuMemArena: [19, 'void* F(void* options)'],
   SetSessionGraphOptimizationLevel: [23, 'void* F(void* options, int level)'],
-  SetIntraOpNumThreads: [24, 'void* F(void* options, int count)'],
   CreateTensorWithDataAsOrtValue: [
     49,
     'void* F(void* memory, void* bytes, size_t byteCount, int64_t* shape, size_t rank, int type, _Out_ void** out)',
@@ -43,6 +41,14 @@ const functions = {
   ReleaseStatus: [93, 'void F(void* status)'],
   ReleaseSession: [95, 'void F(void* session)'],
   ReleaseValue: [96, 'void F(void* value)'],
+  CreateEnvWithGlobalThreadPools: [
+    119,
+    'void* F(int level, str id, void* threading, _Out_ void** out)',
+  ],
+  DisablePerSessionThreads: [120, 'void* F(void* options)'],
+  CreateThreadingOptions: [121, 'void* F(_Out_ void** out)'],
+  SetGlobalIntraOpNumThreads: [147, 'void* F(void* threading, int count)'],
+  SetGlobalInterOpNumThreads: [148, 'void* F(void* threading, int count)'],
   AddSessionConfigEntry: [130, 'void* F(void* options, str key, str value)'],
 } as const;
 
@@ -178,7 +184,7 @@ export class Ort {
       base.GetApi,
       koffi.proto('void* OrtGetApi(uint32_t version)'),
     ) as Native;
-    const table = koffi.decode(getApi(API_VERSION), koffi.array('void*', 131)) as bigint[];
+    const table = koffi.decode(getApi(API_VERSION), koffi.array('void*', 149)) as bigint[];
     this.#native = Object.fromEntries(
       Object.entries(functions).map(([name, [index, signature]]) => [
         name,
@@ -187,11 +193,16 @@ export class Ort {
     ) as Record<FunctionName, Native>;
 
     const warningsOnly = 3;
-    this.#env = this.#create('CreateEnv', warningsOnly, 'caravan');
+    // One pool of threads for all sessions: a rank has hundreds.
+    const threading = this.#create('CreateThreadingOptions');
+    this.#check(this.#native.SetGlobalIntraOpNumThreads(threading, threadCount));
+    this.#check(this.#native.SetGlobalInterOpNumThreads(threading, 1));
+    const args = [warningsOnly, 'caravan', threading];
+    this.#env = this.#create('CreateEnvWithGlobalThreadPools', ...args);
     this.#check(this.#native.DisableTelemetryEvents(this.#env));
     removeTelemetryLog();
     this.#options = this.#create('CreateSessionOptions');
-    this.#check(this.#native.SetIntraOpNumThreads(this.#options, threadCount));
+    this.#check(this.#native.DisablePerSessionThreads(this.#options));
     const allOptimizations = 99;
     this.#check(this.#native.SetSessionGraphOptimizationLevel(this.#options, allOptimizations));
     this.#check(

@@ -11,7 +11,6 @@ import { openCheckpoint, sliceBytes } from '../model/checkpoint.js';
 import { listSlices, planRanks, slicesOf } from '../model/plan.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import {
-  PeerService,
   RankService,
   Weights,
   type Command,
@@ -21,8 +20,9 @@ import {
 import { PROTOCOL } from '../proto/protocol.js';
 import { peerChannelOptions } from './all-reduce.js';
 import { checkLoad, Group } from './group.js';
-import { Lobby } from './lobby.js';
+import { Lobby, type PeerCall } from './lobby.js';
 import type { Ort } from './ort.js';
+import { partialsMethod } from './partial-codec.js';
 import { Shard } from './shard.js';
 
 type DriveCall = ServerDuplexStream<Command, Report>;
@@ -53,11 +53,14 @@ export class RankServer {
         void this.#drive(call);
       },
     });
-    this.#server.addService(PeerService, {
-      exchange: (call: Parameters<Lobby['enter']>[0]) => {
-        this.#lobby.enter(call);
+    this.#server.addService(
+      { partials: partialsMethod },
+      {
+        partials: (call: PeerCall) => {
+          this.#lobby.enter(call);
+        },
       },
-    });
+    );
   }
 
   /** @returns the port. @throws CaravanError `bad_usage` when the address cannot be bound. */

@@ -12,7 +12,9 @@ import {
   Client,
   type ClientDuplexStream,
   type ClientOptions,
+  type ClientReadableStream,
   type handleBidiStreamingCall,
+  type handleServerStreamingCall,
   makeGenericClientConstructor,
   type Metadata,
   type UntypedServiceImplementation,
@@ -49,6 +51,12 @@ export namespace SampledRows {
   export type SAMPLED_ROWS_LAST = typeof SampledRows.SAMPLED_ROWS_LAST;
   export type SAMPLED_ROWS_ALL = typeof SampledRows.SAMPLED_ROWS_ALL;
   export type UNRECOGNIZED = typeof SampledRows.UNRECOGNIZED;
+}
+
+/** Who calls, and for which group. */
+export interface Membership {
+  group: string;
+  rank: number;
 }
 
 /** A rank's addend of a segment's output: float32, little-endian, shape (rows, hidden). */
@@ -196,6 +204,63 @@ export interface Failure {
   code: string;
   message: string;
 }
+
+function createBaseMembership(): Membership {
+  return { group: "", rank: 0 };
+}
+
+export const Membership: MessageFns<Membership> = {
+  encode(message: Membership, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.group !== "") {
+      writer.uint32(10).string(message.group);
+    }
+    if (message.rank !== 0) {
+      writer.uint32(16).uint32(message.rank);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Membership {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseMembership();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.group = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.rank = reader.uint32();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
 
 function createBaseRankPartial(): RankPartial {
   return { sequence: 0, data: Buffer.alloc(0) };
@@ -1536,20 +1601,21 @@ export const RankClient = makeGenericClientConstructor(RankService, "caravan.clu
   serviceName: string;
 };
 
-/** The exchange of partials between two ranks of one group. */
+/** The exchange of partials between the ranks of one group. */
 export type PeerService = typeof PeerService;
 export const PeerService = {
   /**
-   * One stream per pair, opened by the higher rank to the lower one, for as long as the group
-   * lives. The caller names itself in the metadata `caravan-group` and `caravan-rank`. Each side sends
-   * the partial of every all-reduce once, in order.
+   * The partials of the answering rank, one message per all-reduce, in order, for as long as the group
+   * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
+   * can choose the flow-control window that lets megabytes through at once. The answering rank sends
+   * its initial metadata when it has taken the caller into the group.
    */
-  exchange: {
-    path: "/caravan.cluster.v1.Peer/Exchange" as const,
-    requestStream: true as const,
+  partials: {
+    path: "/caravan.cluster.v1.Peer/Partials" as const,
+    requestStream: false as const,
     responseStream: true as const,
-    requestSerialize: (value: RankPartial): Buffer => Buffer.from(RankPartial.encode(value).finish()),
-    requestDeserialize: (value: Buffer): RankPartial => RankPartial.decode(value),
+    requestSerialize: (value: Membership): Buffer => Buffer.from(Membership.encode(value).finish()),
+    requestDeserialize: (value: Buffer): Membership => Membership.decode(value),
     responseSerialize: (value: RankPartial): Buffer => Buffer.from(RankPartial.encode(value).finish()),
     responseDeserialize: (value: Buffer): RankPartial => RankPartial.decode(value),
   },
@@ -1557,22 +1623,23 @@ export const PeerService = {
 
 export interface PeerServer extends UntypedServiceImplementation {
   /**
-   * One stream per pair, opened by the higher rank to the lower one, for as long as the group
-   * lives. The caller names itself in the metadata `caravan-group` and `caravan-rank`. Each side sends
-   * the partial of every all-reduce once, in order.
+   * The partials of the answering rank, one message per all-reduce, in order, for as long as the group
+   * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
+   * can choose the flow-control window that lets megabytes through at once. The answering rank sends
+   * its initial metadata when it has taken the caller into the group.
    */
-  exchange: handleBidiStreamingCall<RankPartial, RankPartial>;
+  partials: handleServerStreamingCall<Membership, RankPartial>;
 }
 
 export interface PeerClient extends Client {
   /**
-   * One stream per pair, opened by the higher rank to the lower one, for as long as the group
-   * lives. The caller names itself in the metadata `caravan-group` and `caravan-rank`. Each side sends
-   * the partial of every all-reduce once, in order.
+   * The partials of the answering rank, one message per all-reduce, in order, for as long as the group
+   * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
+   * can choose the flow-control window that lets megabytes through at once. The answering rank sends
+   * its initial metadata when it has taken the caller into the group.
    */
-  exchange(): ClientDuplexStream<RankPartial, RankPartial>;
-  exchange(options: Partial<CallOptions>): ClientDuplexStream<RankPartial, RankPartial>;
-  exchange(metadata: Metadata, options?: Partial<CallOptions>): ClientDuplexStream<RankPartial, RankPartial>;
+  partials(request: Membership, options?: Partial<CallOptions>): ClientReadableStream<RankPartial>;
+  partials(request: Membership, metadata?: Metadata, options?: Partial<CallOptions>): ClientReadableStream<RankPartial>;
 }
 
 export const PeerClient = makeGenericClientConstructor(PeerService, "caravan.cluster.v1.Peer") as unknown as {
