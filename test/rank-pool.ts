@@ -1,0 +1,44 @@
+/**
+ * Rank processes that many groups use one after the other: starting one takes longer than most tests.
+ */
+import { openCheckpoint, type Checkpoint } from '../model/checkpoint.js';
+import { groupSpec } from '../coordinator/local-group.js';
+import { startLocalRank, stopLocalRank, type LocalRank } from '../coordinator/local-ranks.js';
+import { Ranks } from '../coordinator/ranks.js';
+
+export interface PoolGroup {
+  readonly checkpoint: Checkpoint;
+  readonly ranks: Ranks;
+  /** The first tp processes of the pool. */
+  readonly processes: readonly LocalRank[];
+}
+
+export class RankPool {
+  readonly #started: LocalRank[] = [];
+
+  /** Runs `use` with a group of the first `tp` processes, which stay for the next group. */
+  async withGroup<T>(
+    folder: string,
+    limits: { tp: number; maxSeqLen: number; maxBatchSize: number; maxStepRows: number },
+    use: (group: PoolGroup) => Promise<T>,
+  ): Promise<T> {
+    const missing = Math.max(0, limits.tp - this.#started.length);
+    const starting = Array.from({ length: missing }, () =>
+      startLocalRank({ threads: 1, device: 'cpu', logLevel: 'error' }),
+    );
+    this.#started.push(...(await Promise.all(starting)));
+    const processes = this.#started.slice(0, limits.tp);
+    const checkpoint = openCheckpoint(folder);
+    const addresses = processes.map(({ address }) => address);
+    const ranks = await Ranks.connect(addresses, groupSpec(checkpoint, limits));
+    try {
+      return await use({ checkpoint, ranks, processes });
+    } finally {
+      ranks.close();
+    }
+  }
+
+  async stop(): Promise<void> {
+    await Promise.all(this.#started.splice(0).map(stopLocalRank));
+  }
+}
