@@ -1,13 +1,20 @@
 /** The whole command line: one file per command. */
 import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
+import { register as registerCoordinator } from './coordinator.js';
 import { register as registerEval } from './eval.js';
 import { register as registerGenerate } from './generate.js';
 import { register as registerInspect } from './inspect.js';
 import { register as registerTokenize } from './tokenize.js';
 
 /** In the order of the help text. */
-const commands = [registerGenerate, registerEval, registerInspect, registerTokenize];
+const commands = [
+  registerGenerate,
+  registerEval,
+  registerInspect,
+  registerTokenize,
+  registerCoordinator,
+];
 
 /** Ranks are processes of another room, which this one never imports: the launcher starts them. */
 const workerHelp = `

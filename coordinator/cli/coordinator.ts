@@ -1,0 +1,50 @@
+/** `caravan coordinator`: one engine, over ranks that run already. */
+import type { Command } from 'commander';
+import { runCoordinator } from '../main.js';
+import { listenForShutdown, openLog, reportReady } from '../process.js';
+import { declareSettings } from './options.js';
+
+export function register(program: Command): void {
+  const command = program
+    .command('coordinator')
+    .description('Runs one engine: takes jobs from Redis and drives a group of ranks.');
+  const settings = declareSettings(
+    command,
+    [
+      'ranks',
+      'redis',
+      'model',
+      'servedModelName',
+      'weights',
+      'exact',
+      'transport',
+      'maxSeqLen',
+      'maxBatchSize',
+      'logLevel',
+    ],
+    { required: ['ranks', 'redis'] },
+  );
+  command.action(async () => {
+    const s = settings();
+    const { draining, stopping } = listenForShutdown();
+    await runCoordinator(
+      {
+        ranks: s.ranks,
+        redisUrl: s.redis,
+        model: s.model,
+        servedModelName: s.servedModelName,
+        maxSeqLen: s.maxSeqLen,
+        maxBatchSize: s.maxBatchSize,
+        isExact: s.exact,
+        onReady: (card) => {
+          reportReady({ model: card.name });
+        },
+      },
+      draining,
+      stopping,
+      openLog('coordinator', s.logLevel),
+    );
+    // Connections that wait for a dead Redis must not keep the process.
+    process.exit(0);
+  });
+}

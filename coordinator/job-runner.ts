@@ -1,0 +1,246 @@
+/**
+ * Feeds an engine from the queue, and the journal from the engine.
+ *
+ *   take ──> running ──> ended        by itself, by a failure, cancelled or expired: written once
+ *               │
+ *               └──────> given back   the engine stops or fails in a way that a retry can mend
+ *
+ * A job is taken only when a slot is free. Whatever happens to it happens once: the first of the events
+ * above decides, and later ones find it decided.
+ */
+import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
+import { Bell } from './bell.js';
+import type { Engine, SequenceHandle } from './engine.js';
+import type { Journal, Take } from './journal.js';
+import { JournalWriter } from './journal-writer.js';
+import type { JobTaker, TakenJob } from './queue.js';
+import type { Ending, FinishReason } from './request.js';
+
+export interface RunnerLog {
+  info(fields: object, message: string): void;
+  warn(fields: object, message: string): void;
+}
+
+/** How often the flags of running jobs are looked at, should a message have been lost. */
+const CANCEL_POLL_MS = 2_000;
+
+export class JobRunner {
+  readonly #engine: Engine;
+  readonly #journal: Journal;
+  readonly #taker: JobTaker;
+  readonly #engineId: string;
+  readonly #log: RunnerLog;
+  readonly #running = new Map<string, RunningJob>();
+  readonly #changed = new Bell();
+
+  constructor(engine: Engine, journal: Journal, taker: JobTaker, engineId: string, log: RunnerLog) {
+    this.#engine = engine;
+    this.#journal = journal;
+    this.#taker = taker;
+    this.#engineId = engineId;
+    this.#log = log;
+  }
+
+  get runningCount(): number {
+    return this.#running.size;
+  }
+
+  /**
+   * Takes jobs until `draining` aborts, then lets the running ones end; when `stopping` aborts, they
+   * are given back to the queue. Returns when none is left.
+   */
+  async run(draining: AbortSignal, stopping: AbortSignal): Promise<void> {
+    const wake = (): void => {
+      this.#changed.ring();
+    };
+    const giveBackAll = (): void => {
+      for (const job of this.#running.values()) job.giveBack();
+      wake();
+    };
+    draining.addEventListener('abort', wake);
+    stopping.addEventListener('abort', giveBackAll);
+    const unlisten = await this.#journal.onCancel((id) => void this.#cancel(id));
+    const poll = setInterval(() => void this.#cancel(''), CANCEL_POLL_MS);
+    try {
+      const isOver = (): boolean => draining.aborted || stopping.aborted;
+      while (!isOver()) {
+        if (this.#engine.freeSlotCount === 0) {
+          await this.#changed.wait(CANCEL_POLL_MS);
+          continue;
+        }
+        const taken = await this.#taker.take(AbortSignal.any([draining, stopping]));
+        if (taken !== null) await this.#start(taken);
+      }
+      if (stopping.aborted) giveBackAll();
+      while (this.#running.size > 0) await this.#changed.wait();
+    } finally {
+      clearInterval(poll);
+      draining.removeEventListener('abort', wake);
+      stopping.removeEventListener('abort', giveBackAll);
+      await unlisten();
+    }
+  }
+
+  async #start(taken: TakenJob): Promise<void> {
+    const take = await this.#journal.take(taken.id, this.#engineId);
+    if (take.kind !== 'taken') {
+      // Ended already (its engine died before BullMQ heard of it), or forgotten: nothing to run.
+      await taken.finish(take.kind === 'missing');
+      return;
+    }
+    const previous = this.#running.get(taken.id);
+    previous?.abandon();
+    const job = new RunningJob(this.#engine, this.#journal, taken, take, this.#log);
+    this.#running.set(taken.id, job);
+    this.#log.info(
+      { job: taken.id, fence: take.fence, resumed: take.tokenIds.length },
+      'job taken',
+    );
+    void job.done.then((outcome) => {
+      if (this.#running.get(taken.id) === job) this.#running.delete(taken.id);
+      this.#log.info({ job: taken.id, outcome }, 'job left');
+      this.#changed.ring();
+    });
+    job.start();
+  }
+
+  /** @param id a job, or empty for all that run: then their flags are read. */
+  async #cancel(id: string): Promise<void> {
+    if (id !== '') {
+      this.#running.get(id)?.cancel();
+      return;
+    }
+    for (const [jobId, job] of this.#running) {
+      const isRequested = await this.#journal.isCancelRequested(jobId).catch(() => false);
+      if (isRequested) job.cancel();
+    }
+  }
+}
+
+/** The longest delay that a timer takes. */
+const MAX_TIMER_MS = 2 ** 31 - 1;
+
+/** One job in this engine. */
+class RunningJob {
+  readonly #engine: Engine;
+  readonly #taken: TakenJob;
+  readonly #take: Take;
+  readonly #writer: JournalWriter;
+  readonly #log: RunnerLog;
+  #handle: SequenceHandle | null = null;
+  #deadline: NodeJS.Timeout | undefined;
+  #isDecided = false;
+  #resolve: (outcome: string) => void = () => undefined;
+  /** Resolves, with how it left, when nothing is left to write. */
+  readonly done: Promise<string>;
+
+  constructor(engine: Engine, journal: Journal, taken: TakenJob, take: Take, log: RunnerLog) {
+    this.#engine = engine;
+    this.#taken = taken;
+    this.#take = take;
+    this.#log = log;
+    this.done = new Promise((resolve) => (this.#resolve = resolve));
+    this.#writer = new JournalWriter(
+      journal,
+      take,
+      () => {
+        this.abandon();
+      },
+      (error) => {
+        this.#log.warn({ job: take.id }, `the journal was refused: ${String(error)}`);
+      },
+    );
+  }
+
+  start(): void {
+    const { request, terms, tokenIds, isCancelled } = this.#take;
+    if (isCancelled) {
+      this.cancel();
+      return;
+    }
+    if (terms.deadlineMs !== null) {
+      const leftMs = terms.deadlineMs - Date.now();
+      if (leftMs <= 0) {
+        this.#decide({ status: 'expired' });
+        return;
+      }
+      this.#deadline = setTimeout(
+        () => {
+          this.#decide({ status: 'expired' });
+        },
+        Math.min(leftMs, MAX_TIMER_MS),
+      );
+    }
+    try {
+      this.#handle = this.#engine.add(
+        { id: this.#take.id, request, index: 0, resumeTokenIds: tokenIds },
+        {
+          token: (tokenId, text) => {
+            this.#writer.token(tokenId, text);
+          },
+          end: (finishReason, heldText) => {
+            this.#complete(finishReason, heldText);
+          },
+          fail: (error) => {
+            this.#fail(error);
+          },
+        },
+      );
+    } catch (thrown) {
+      this.#fail(toCaravanError(thrown));
+    }
+  }
+
+  cancel(): void {
+    this.#decide({ status: 'cancelled' });
+  }
+
+  /** Back to the queue, with what is in the journal. */
+  giveBack(): void {
+    if (!this.#isFirst()) return;
+    void (async () => {
+      await this.#writer.release();
+      await this.#taken.giveBack();
+      this.#resolve('given back');
+    })();
+  }
+
+  /** Another take has the job: nothing of it is ours any more. */
+  abandon(): void {
+    if (!this.#isFirst()) return;
+    this.#writer.stop();
+    this.#resolve('abandoned');
+  }
+
+  #complete(finishReason: FinishReason, heldText: string): void {
+    const usage = {
+      promptTokens: this.#take.request.promptTokenIds.length,
+      completionTokens: this.#writer.tokenCount,
+    };
+    this.#decide({ status: 'completed', finishReason, usage }, heldText);
+  }
+
+  #fail(error: CaravanError): void {
+    // An engine that was stopped has failed nobody.
+    if (error.code === 'cancelled' || errorTable[error.code].isRetryable) this.giveBack();
+    else this.#decide({ status: 'failed', code: error.code, message: error.message });
+  }
+
+  #decide(ending: Ending, heldText = ''): void {
+    if (!this.#isFirst()) return;
+    void (async () => {
+      const isOurs = await this.#writer.end(ending, heldText);
+      if (isOurs) await this.#taken.finish(ending.status === 'failed');
+      this.#resolve(isOurs ? ending.status : 'abandoned');
+    })();
+  }
+
+  /** True for the first event that decides; the sequence leaves the engine then. */
+  #isFirst(): boolean {
+    if (this.#isDecided) return false;
+    this.#isDecided = true;
+    clearTimeout(this.#deadline);
+    this.#handle?.cancel();
+    return true;
+  }
+}

@@ -1,0 +1,201 @@
+/**
+ * `caravan coordinator`: one engine. Forms the group of ranks, publishes the model card, and runs jobs until
+ * it is told to drain or to stop; forms the group anew when a rank is lost.
+ */
+import { randomUUID } from 'node:crypto';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import { z } from 'zod';
+import type { Checkpoint } from '../model/checkpoint.js';
+import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
+import { CaravanError, toCaravanError } from '../proto/errors.js';
+import { RankEngine, type StepFigures } from './engine.js';
+import { JobRunner } from './job-runner.js';
+import { Journal } from './journal.js';
+import { DEFAULT_MAX_STEP_ROWS, groupSpec, openChecked } from './local-group.js';
+import { readTokenizerFiles } from './model-tokenizer.js';
+import { JobTaker } from './queue.js';
+import { Ranks, type GroupSpec } from './ranks.js';
+import type { ModelCard } from './request.js';
+import { HEARTBEAT_EVERY_MS, Store } from './store.js';
+
+export interface CoordinatorOptions {
+  /** HOST:PORT of every rank, in rank order. */
+  readonly ranks: readonly string[];
+  readonly redisUrl: string;
+  readonly model: string;
+  readonly servedModelName: string | undefined;
+  readonly maxSeqLen: number | undefined;
+  readonly maxBatchSize: number;
+  readonly isExact: boolean;
+  /** Called once, when the first group serves. */
+  readonly onReady: (card: ModelCard) => void;
+  readonly onStep?: (figures: StepFigures) => void;
+}
+
+const FIRST_RETRY_MS = 200;
+const MAX_RETRY_MS = 5_000;
+
+/**
+ * Runs until `draining` aborts and the running jobs have ended, or until `stopping` aborts.
+ *
+ * @throws CaravanError for what trying again cannot mend: a damaged checkpoint, an illegal tp, ranks that
+ *   refuse what they are told.
+ */
+export async function runCoordinator(
+  options: CoordinatorOptions,
+  draining: AbortSignal,
+  stopping: AbortSignal,
+  log: Logger,
+): Promise<void> {
+  const checkpoint = openChecked(options.model, options.ranks.length);
+  const spec = groupSpec(checkpoint, { ...options, maxStepRows: DEFAULT_MAX_STEP_ROWS });
+  const files = readTokenizerFiles(checkpoint.path);
+  const tokenizer = openTokenizer(files);
+  checkVocabulary(checkpoint, tokenizer);
+  const card = cardOf(checkpoint, spec, tokenizer, files, options);
+  const onRedisError = (error: Error): void => {
+    log.warn({ redis: error.message }, 'Redis');
+  };
+  const store = await Store.open(options.redisUrl, 'patient', onRedisError);
+  const journal = await Journal.open(options.redisUrl, 'patient', onRedisError);
+  const taker = new JobTaker(options.redisUrl, card.name, onRedisError);
+  const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
+  let isReady = false;
+  try {
+    for (let retryMs = FIRST_RETRY_MS; !draining.aborted && !stopping.aborted;) {
+      try {
+        const ranks = await Ranks.connect(options.ranks, spec, {
+          signal: AbortSignal.any([draining, stopping]),
+          onProgress: (rank, progress) => {
+            log.debug({ rank, ...progress }, 'loading');
+          },
+        });
+        retryMs = FIRST_RETRY_MS;
+        await store.publishCard(card);
+        if (!isReady) options.onReady(card);
+        isReady = true;
+        log.info({ model: card.name, tp: options.ranks.length, engine: engineId }, 'serving');
+        const engine = new RankEngine(ranks, tokenizer, {
+          ...spec,
+          isExact: options.isExact,
+          ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
+        });
+        const runner = new JobRunner(engine, journal, taker, engineId, log);
+        await serve(engine, runner, store, card, engineId, options, draining, stopping);
+      } catch (thrown) {
+        if (isOver()) return;
+        const error = toCaravanError(thrown);
+        if (isFinal(error)) throw error;
+        log.warn({ code: error.code, retryMs }, error.message);
+        await delay(retryMs);
+        retryMs = Math.min(2 * retryMs, MAX_RETRY_MS);
+      }
+    }
+  } finally {
+    await taker.close();
+    journal.close();
+    store.close();
+  }
+}
+
+/** One group, until it drains, stops or loses a rank. */
+async function serve(
+  engine: RankEngine,
+  runner: JobRunner,
+  store: Store,
+  card: ModelCard,
+  engineId: string,
+  options: CoordinatorOptions,
+  draining: AbortSignal,
+  stopping: AbortSignal,
+): Promise<void> {
+  const engineDone = new AbortController();
+  const engineLost = new AbortController();
+  const beat = (): void => {
+    store
+      .beat({
+        model: card.name,
+        engineId,
+        active: engine.sequenceCount,
+        slots: card.maxBatchSize,
+        tp: options.ranks.length,
+      })
+      // The next beat tries again.
+      .catch(() => undefined);
+  };
+  beat();
+  const heartbeat = setInterval(beat, HEARTBEAT_EVERY_MS);
+  const running = engine.run(engineDone.signal).catch((error: unknown) => {
+    engineLost.abort(error);
+  });
+  try {
+    await runner.run(AbortSignal.any([draining, engineLost.signal]), stopping);
+  } finally {
+    clearInterval(heartbeat);
+    engineDone.abort();
+    await running;
+    await Promise.race([store.retire(card.name, engineId).catch(() => undefined), delay(500)]);
+  }
+  engineLost.signal.throwIfAborted();
+}
+
+/** What no other attempt can mend. */
+const isFinal = ({ code }: CaravanError): boolean =>
+  [
+    'bad_usage',
+    'illegal_tp',
+    'invalid_checkpoint',
+    'unsupported_model',
+    'invalid_request',
+  ].includes(code) || ['protocol_mismatch', 'out_of_memory'].includes(code);
+
+function checkVocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer): void {
+  const { vocabSize } = checkpoint.config;
+  if (tokenizer.vocabSize > vocabSize) {
+    throw new CaravanError(
+      'invalid_checkpoint',
+      `${checkpoint.path}: the tokenizer has ${tokenizer.vocabSize} tokens, config.json's vocab_size is ${vocabSize}`,
+    );
+  }
+}
+
+const generationFile = z.object({
+  temperature: z.number().optional(),
+  top_p: z.number().optional(),
+});
+
+function cardOf(
+  checkpoint: Checkpoint,
+  spec: GroupSpec,
+  tokenizer: Tokenizer,
+  files: ReadonlyMap<string, Uint8Array>,
+  options: CoordinatorOptions,
+): ModelCard {
+  const generation = path.join(checkpoint.path, 'generation_config.json');
+  const parsed = fs.existsSync(generation)
+    ? generationFile.safeParse(JSON.parse(fs.readFileSync(generation, 'utf8'))).data
+    : undefined;
+  return {
+    version: 1,
+    name: options.servedModelName ?? path.basename(checkpoint.path),
+    digest: checkpoint.digest,
+    createdS: Math.floor(Date.now() / 1000),
+    vocabSize: checkpoint.config.vocabSize,
+    maxSeqLen: spec.maxSeqLen,
+    maxBatchSize: spec.maxBatchSize,
+    bosTokenId: tokenizer.bosTokenId,
+    eosTokenIds: tokenizer.eosTokenIds,
+    tokenizerFiles: Object.fromEntries(
+      [...files].map(([name, bytes]) => [name, Buffer.from(bytes).toString('base64')]),
+    ),
+    defaults: {
+      ...(parsed?.temperature === undefined ? {} : { temperature: parsed.temperature }),
+      ...(parsed?.top_p === undefined ? {} : { topP: parsed.top_p }),
+    },
+    isExact: options.isExact,
+  };
+}

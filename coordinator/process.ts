@@ -1,0 +1,37 @@
+/** What the long-running processes have in common: signals, a parent to report to, a log. */
+import pino, { type Logger } from 'pino';
+
+/** Lines of JSON on stderr; stdout is for results. */
+export const openLog = (name: string, level: string): Logger =>
+  pino({ name, level, base: { pid: process.pid } }, pino.destination(2));
+
+export interface Shutdown {
+  /** The first SIGTERM or SIGINT: finish what runs, take nothing new. */
+  readonly draining: AbortSignal;
+  /** The second, or the parent is gone: stop at once, lose nothing. */
+  readonly stopping: AbortSignal;
+}
+
+/** Listens for signals, and for the end of a parent that forked us. */
+export function listenForShutdown(): Shutdown {
+  const drain = new AbortController();
+  const stop = new AbortController();
+  const onSignal = (): void => {
+    if (drain.signal.aborted) stop.abort();
+    drain.abort();
+  };
+  process.on('SIGTERM', onSignal);
+  process.on('SIGINT', onSignal);
+  if (process.send !== undefined) {
+    process.on('disconnect', () => {
+      drain.abort();
+      stop.abort();
+    });
+  }
+  return { draining: drain.signal, stopping: stop.signal };
+}
+
+/** Tells a parent that forked us, if there is one. */
+export function reportReady(details: Readonly<Record<string, unknown>>): void {
+  process.send?.({ type: 'ready', ...details });
+}

@@ -1,0 +1,79 @@
+/**
+ * Connections to Redis, of two tempers.
+ *
+ * A patient one (engines) waits for Redis to come back, however long, and sends what was asked again. An
+ * impatient one (gateways and commands) fails a call within seconds, so that a client hears of it.
+ */
+import { Redis } from 'ioredis';
+import { CaravanError } from '../proto/errors.js';
+
+export type Patience = 'patient' | 'impatient';
+
+/** How long an impatient call may take. */
+export const CALL_TIMEOUT_MS = 2_500;
+const MAX_RETRY_DELAY_MS = 500;
+
+/** Options that BullMQ's connections share with ours. */
+export const redisOptions = (patience: Patience) => ({
+  retryStrategy: (attempt: number) => Math.min(50 * attempt, MAX_RETRY_DELAY_MS),
+  ...(patience === 'patient'
+    ? { maxRetriesPerRequest: null }
+    : { maxRetriesPerRequest: 3, commandTimeout: CALL_TIMEOUT_MS }),
+});
+
+/**
+ * Opens a connection and waits until Redis answers.
+ *
+ * @param onError hears of every connection error after that; ioredis reconnects by itself.
+ * @throws CaravanError `redis_unavailable` within 3 seconds.
+ */
+export async function connectRedis(
+  url: string,
+  patience: Patience,
+  onError: (error: Error) => void = () => undefined,
+): Promise<Redis> {
+  const redis = new Redis(url, { ...redisOptions(patience), lazyConnect: true });
+  redis.on('error', onError);
+  let timer: NodeJS.Timeout | undefined;
+  try {
+    await Promise.race([
+      redis.ping(),
+      new Promise((_, reject) => {
+        timer = setTimeout(() => {
+          reject(new Error(`no answer within ${CALL_TIMEOUT_MS} ms`));
+        }, CALL_TIMEOUT_MS);
+      }),
+    ]);
+    return redis;
+  } catch (cause) {
+    redis.disconnect();
+    throw unavailable(url, cause);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** @returns a CaravanError that names the address without its password. */
+export function unavailable(url: string, cause: unknown): CaravanError {
+  const reason = cause instanceof Error ? cause.message : String(cause);
+  return new CaravanError(
+    'redis_unavailable',
+    `Redis at ${url.replace(/\/\/[^@/]*@/, '//')} cannot be reached: ${reason}`,
+    { cause },
+  );
+}
+
+/** Runs one call of an impatient connection; connection errors become `redis_unavailable`. */
+export async function asCall<T>(url: string, call: () => Promise<T>): Promise<T> {
+  try {
+    return await call();
+  } catch (thrown) {
+    if (thrown instanceof CaravanError) throw thrown;
+    if (thrown instanceof Error && thrown.name === 'ReplyError') {
+      throw new CaravanError('redis_unavailable', `Redis refused: ${thrown.message}`, {
+        cause: thrown,
+      });
+    }
+    throw unavailable(url, thrown);
+  }
+}

@@ -1,0 +1,126 @@
+/**
+ * What is known of models and engines beside the jobs: model cards, which stay at zero engines, and the
+ * heartbeats of the engines that are there.
+ *
+ *   caravan:cards                     hash: name → card
+ *   caravan:engine:{MODEL}:ENGINE     a key that an engine renews; gone soon after the engine is
+ */
+import type { Redis } from 'ioredis';
+import type { ModelCard } from './request.js';
+import { asCall, connectRedis, type Patience } from './store-connection.js';
+
+const CARDS = 'caravan:cards';
+/** An engine that has not beaten for this long is gone. */
+const HEARTBEAT_TTL_MS = 6_000;
+export const HEARTBEAT_EVERY_MS = 2_000;
+
+export interface EngineBeat {
+  readonly model: string;
+  readonly engineId: string;
+  /** Sequences that it runs, of slots that it has. */
+  readonly active: number;
+  readonly slots: number;
+  readonly tp: number;
+}
+
+export interface RedisHealth {
+  readonly version: string;
+  readonly maxmemoryPolicy: string;
+  readonly isAppendOnly: boolean;
+  /** Redis's clock minus ours, in milliseconds. */
+  readonly clockSkewMs: number;
+}
+
+export class Store {
+  readonly #url: string;
+  readonly #redis: Redis;
+
+  private constructor(url: string, redis: Redis) {
+    this.#url = url;
+    this.#redis = redis;
+  }
+
+  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
+  static async open(
+    url: string,
+    patience: Patience,
+    onError?: (error: Error) => void,
+  ): Promise<Store> {
+    return new Store(url, await connectRedis(url, patience, onError));
+  }
+
+  async publishCard(card: ModelCard): Promise<void> {
+    await this.#call(() => this.#redis.hset(CARDS, card.name, JSON.stringify(card)));
+  }
+
+  async card(name: string): Promise<ModelCard | null> {
+    const text = await this.#call(() => this.#redis.hget(CARDS, name));
+    return text === null ? null : (JSON.parse(text) as ModelCard);
+  }
+
+  /** All cards, by name. */
+  async cards(): Promise<ModelCard[]> {
+    const texts = await this.#call(() => this.#redis.hvals(CARDS));
+    const cards = texts.map((text) => JSON.parse(text) as ModelCard);
+    return cards.sort((a, b) => (a.name < b.name ? -1 : 1));
+  }
+
+  async beat(beat: EngineBeat): Promise<void> {
+    const key = engineKey(beat.model, beat.engineId);
+    await this.#call(() => this.#redis.set(key, JSON.stringify(beat), 'PX', HEARTBEAT_TTL_MS));
+  }
+
+  /** An engine that ends says so. */
+  async retire(model: string, engineId: string): Promise<void> {
+    await this.#call(() => this.#redis.del(engineKey(model, engineId)));
+  }
+
+  /** Engines that are alive. */
+  async engines(): Promise<EngineBeat[]> {
+    const beats: EngineBeat[] = [];
+    for (let cursor = '0'; ;) {
+      const [next, keys] = await this.#call(() =>
+        this.#redis.scan(cursor, 'MATCH', 'caravan:engine:*', 'COUNT', 500),
+      );
+      if (keys.length > 0) {
+        const texts = await this.#call(() => this.#redis.mget(keys));
+        for (const text of texts) if (text !== null) beats.push(JSON.parse(text) as EngineBeat);
+      }
+      if (next === '0') return beats;
+      cursor = next;
+    }
+  }
+
+  /** Round trip in milliseconds. */
+  async ping(): Promise<number> {
+    const startMs = performance.now();
+    await this.#call(() => this.#redis.ping());
+    return performance.now() - startMs;
+  }
+
+  /** What `doctor` wants to know. */
+  async health(): Promise<RedisHealth> {
+    const info = await this.#call(() => this.#redis.info());
+    const beforeMs = Date.now();
+    const [seconds, microseconds] = await this.#call(() => this.#redis.time());
+    const halfwayMs = (beforeMs + Date.now()) / 2;
+    const line = (name: string): string => new RegExp(`^${name}:(.*)$`, 'm').exec(info)?.[1] ?? '';
+    return {
+      version: line('redis_version').trim(),
+      maxmemoryPolicy: line('maxmemory_policy').trim(),
+      isAppendOnly: line('aof_enabled').trim() === '1',
+      clockSkewMs: Number(seconds) * 1000 + Number(microseconds) / 1000 - halfwayMs,
+    };
+  }
+
+  close(): void {
+    this.#redis.disconnect();
+  }
+
+  #call<T>(call: () => Promise<T>): Promise<T> {
+    return asCall(this.#url, call);
+  }
+}
+
+const engineKey = (model: string, engineId: string): string =>
+  `caravan:engine:{${model}}:${engineId}`;
