@@ -66,7 +66,8 @@ export async function runCoordinator(
   const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
   let isReady = false;
   try {
-    for (let retryMs = FIRST_RETRY_MS; !draining.aborted && !stopping.aborted;) {
+    const isOver = (): boolean => draining.aborted || stopping.aborted;
+    for (let retryMs = FIRST_RETRY_MS; !isOver();) {
       try {
         const ranks = await Ranks.connect(options.ranks, spec, {
           signal: AbortSignal.any([draining, stopping]),
