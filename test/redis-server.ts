@@ -9,8 +9,9 @@ import { Redis } from 'ioredis';
 export interface RedisServer {
   readonly url: string;
   readonly port: number;
-  /** SIGKILL: what AOF had not written is lost. */
-  kill(): Promise<void>;
+  readonly pid: number;
+  /** SIGKILL unless told otherwise: what AOF had not written is lost. */
+  kill(signal?: NodeJS.Signals): Promise<void>;
   /** The same port and folder. */
   restart(): Promise<void>;
   stop(): Promise<void>;
@@ -57,7 +58,10 @@ export async function startRedis(): Promise<RedisServer> {
   return {
     url,
     port,
-    kill: () => end('SIGKILL'),
+    get pid() {
+      return child.pid ?? 0;
+    },
+    kill: (signal = 'SIGKILL') => end(signal),
     restart: start,
     stop: async () => {
       await end('SIGTERM');
