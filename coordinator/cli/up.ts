@@ -1,0 +1,190 @@
+/** `caravan up`: everything on one machine. */
+import path from 'node:path';
+import fs from 'node:fs';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Command } from 'commander';
+import type { Logger } from 'pino';
+import { planRanks } from '../../model/plan.js';
+import { CaravanError } from '../../proto/errors.js';
+import { groupSpec, DEFAULT_MAX_STEP_ROWS, openChecked } from '../local-group.js';
+import { threadsPerRank } from '../local-ranks.js';
+import { cliEntry, workerEntry } from '../package-root.js';
+import { openLog } from '../process.js';
+import { defaultStateFolder, freePort, holdStateFolder } from '../state-folder.js';
+import { Store } from '../store.js';
+import { guardedChild, nodeChild, SupervisedChild, type ChildSpec } from '../supervisor.js';
+import { askOnce } from '../ask.js';
+import { flagOf } from '../config.js';
+import { declareSettings } from './options.js';
+
+const settingNames = [
+  'model',
+  'servedModelName',
+  'tp',
+  'device',
+  'weights',
+  'exact',
+  'transport',
+  'maxSeqLen',
+  'maxBatchSize',
+  'host',
+  'port',
+  'redis',
+  'stateDir',
+  'logLevel',
+] as const;
+
+export function register(program: Command): void {
+  const command = program
+    .command('up')
+    .description('Runs everything on this machine: Redis, ranks, coordinator and gateway.')
+    .option('--ask <text>', 'ask this in a chat once all is up, and print the answer')
+    .option('--once', 'with --ask: stop after the answer');
+  const settings = declareSettings(command, settingNames, {
+    defaults: { tp: 2, logLevel: 'warn' },
+  });
+  command.action(async () => {
+    const s = settings();
+    const own = command.opts<{ ask?: string; once?: true }>();
+    if (own.once === true && own.ask === undefined) {
+      throw new CaravanError('bad_usage', '--once needs --ask TEXT');
+    }
+    await new Caravan(s, openLog('up', s.logLevel)).run(own.ask ?? null, own.once === true);
+  });
+}
+
+type Settings = ReturnType<ReturnType<typeof declareSettings<(typeof settingNames)[number]>>>;
+
+/** The processes, in the order in which they start; they stop in the opposite order. */
+class Caravan {
+  readonly #settings: Settings;
+  readonly #log: Logger;
+  readonly #children: SupervisedChild[] = [];
+  #gateway: SupervisedChild | null = null;
+  #coordinator: SupervisedChild | null = null;
+  #signalCount = 0;
+  #onSignal: () => void = () => undefined;
+
+  constructor(settings: Settings, log: Logger) {
+    this.#settings = settings;
+    this.#log = log;
+  }
+
+  async run(question: string | null, isOnce: boolean): Promise<void> {
+    const interrupted = new Promise<void>((resolve) => (this.#onSignal = resolve));
+    const onSignal = (): void => {
+      this.#signalCount += 1;
+      this.#onSignal();
+      if (this.#signalCount === 1) process.stderr.write('caravan: draining; Ctrl-C again stops\n');
+      else void this.#stopNow();
+    };
+    process.on('SIGINT', onSignal);
+    process.on('SIGTERM', onSignal);
+    try {
+      const started = this.#start();
+      const url = await Promise.race([started, interrupted]);
+      if (url !== undefined) {
+        process.stdout.write(`caravan serves ${url}\n`);
+        if (question !== null) {
+          await Promise.race([askOnce(url, question, process.stdout), interrupted]);
+        }
+        if (!isOnce) await interrupted;
+      }
+      await this.#drain();
+    } catch (error) {
+      await this.#stopNow();
+      throw error;
+    }
+    // Timers of children that were being started again must not keep the process.
+    process.exit(0);
+  }
+
+  /** @returns the gateway's address. */
+  async #start(): Promise<string> {
+    const s = this.#settings;
+    // What is wrong with the model is said before any process starts.
+    const checkpoint = openChecked(s.model, s.tp);
+    groupSpec(checkpoint, { ...s, maxStepRows: DEFAULT_MAX_STEP_ROWS });
+    const { tp } = planRanks(checkpoint.config, s.tp)[0]!;
+    const note = s.weights === 'auto' ? ' (auto)' : '';
+    process.stderr.write(
+      `caravan: ${path.basename(checkpoint.path)} on ${tp} ranks, weights fp32${note}\n`,
+    );
+    const redisUrl = s.redis ?? (await this.#startRedis());
+    const addresses = await Promise.all(Array.from({ length: tp }, () => this.#startRank(tp)));
+    const shared = ['--redis', redisUrl, '--log-level', s.logLevel];
+    this.#coordinator = this.#supervise(
+      nodeChild('coordinator', cliEntry, [
+        'coordinator',
+        ...shared,
+        ...['--ranks', addresses.join(',')],
+        ...['--model', s.model, '--max-batch-size', String(s.maxBatchSize)],
+        ...(s.exact ? ['--exact'] : []),
+        ...optional('maxSeqLen', s.maxSeqLen),
+        ...optional('servedModelName', s.servedModelName),
+      ]),
+    );
+    const gatewayArgs = ['gateway', ...shared, '--host', s.host, '--port', String(s.port)];
+    this.#gateway = this.#supervise(nodeChild('gateway', cliEntry, gatewayArgs));
+    const [, gateway] = await Promise.all([this.#coordinator.start(), this.#gateway.start()]);
+    return String(gateway['url']);
+  }
+
+  async #startRedis(): Promise<string> {
+    const folder = this.#settings.stateDir ?? defaultStateFolder(process.env);
+    await holdStateFolder(folder);
+    const data = path.join(folder, 'redis');
+    fs.mkdirSync(data, { recursive: true });
+    const port = await freePort();
+    const url = `redis://127.0.0.1:${port}`;
+    const args = ['--port', String(port), '--bind', '127.0.0.1', '--dir', data, '--save', ''];
+    args.push('--appendonly', 'yes', '--maxmemory-policy', 'noeviction');
+    const isServing = async (): Promise<boolean> => {
+      try {
+        (await Store.open(url, 'impatient')).close();
+        return true;
+      } catch {
+        return false;
+      }
+    };
+    await this.#supervise(guardedChild('redis', ['redis-server', ...args], isServing)).start();
+    return url;
+  }
+
+  /** A rank keeps its port when it is started again: its coordinator knows it by that. */
+  async #startRank(tp: number): Promise<string> {
+    const { device, logLevel } = this.#settings;
+    const address = `127.0.0.1:${await freePort()}`;
+    const args = ['--listen', address, '--device', device, '--log-level', logLevel];
+    args.push('--threads', String(threadsPerRank(tp)));
+    await this.#supervise(nodeChild('rank', workerEntry, args)).start();
+    return address;
+  }
+
+  #supervise(spec: ChildSpec): SupervisedChild {
+    const child = new SupervisedChild(spec, this.#log);
+    this.#children.push(child);
+    return child;
+  }
+
+  /** New work is refused, running jobs end, then everything stops. */
+  async #drain(): Promise<void> {
+    const gatewayGone = this.#gateway?.stop('SIGTERM');
+    await this.#coordinator?.stop('SIGTERM');
+    // Streams of jobs that wait are cut; the jobs stay in the queue.
+    await Promise.race([gatewayGone, delay(500)]);
+    await this.#stopNow();
+  }
+
+  async #stopNow(): Promise<void> {
+    for (const child of [...this.#children].reverse()) {
+      const gone = child.stop('SIGTERM');
+      await Promise.race([gone, delay(1_500).then(() => child.stop('SIGKILL'))]);
+    }
+  }
+}
+
+const optional = (
+  name: 'maxSeqLen' | 'servedModelName',
+  value: string | number | undefined,
+): string[] => (value === undefined ? [] : [flagOf(name), String(value)]);
