@@ -40,19 +40,25 @@ export class Lobby {
     const key = keyOf(membership);
     let call = this.#waiting.get(key);
     this.#waiting.delete(key);
-    call ??= await new Promise<PeerCall>((resolve, reject) => {
-      this.#expected.set(key, resolve);
-      signal.addEventListener(
-        'abort',
-        () => {
-          this.#expected.delete(key);
-          reject(signal.reason as Error);
-        },
-        { once: true },
-      );
-    });
+    call ??= await this.#arrival(key, signal);
     call.sendMetadata(new Metadata());
     return call;
+  }
+
+  async #arrival(key: string, signal: AbortSignal): Promise<PeerCall> {
+    let onAbort: () => void = () => undefined;
+    try {
+      return await new Promise<PeerCall>((resolve, reject) => {
+        this.#expected.set(key, resolve);
+        onAbort = () => {
+          this.#expected.delete(key);
+          reject(signal.reason as Error);
+        };
+        signal.addEventListener('abort', onAbort);
+      });
+    } finally {
+      signal.removeEventListener('abort', onAbort);
+    }
   }
 }
 

@@ -6,6 +6,7 @@
  * One coordinator holds the rank at a time, by its Drive stream. When the stream ends, a step under way
  * is aborted, the group is left, and the weights stay for the next Load of the same shard.
  */
+import { setMaxListeners } from 'node:events';
 import { Server, ServerCredentials, type ServerDuplexStream } from '@grpc/grpc-js';
 import { openCheckpoint, sliceBytes } from '../model/checkpoint.js';
 import { listSlices, planRanks, slicesOf } from '../model/plan.js';
@@ -226,6 +227,8 @@ class CommandQueue {
   #wake: (() => void) | null = null;
 
   constructor(call: DriveCall) {
+    // Every peer of a large group listens to it.
+    setMaxListeners(0, this.#ended.signal);
     call.on('data', ({ kind }: Command) => {
       if (kind === undefined) return;
       if (kind.$case === 'ping') {

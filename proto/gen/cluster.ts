@@ -957,7 +957,7 @@ export const Join: MessageFns<Join> = {
       writer.uint32(8).uint32(message.slot);
     }
     if (message.temperature !== 0) {
-      writer.uint32(21).float(message.temperature);
+      writer.uint32(17).double(message.temperature);
     }
     return writer;
   },
@@ -984,11 +984,11 @@ export const Join: MessageFns<Join> = {
             continue;
           }
           case 2: {
-            if (tag !== 21) {
+            if (tag !== 17) {
               break;
             }
 
-            message.temperature = reader.float();
+            message.temperature = reader.double();
             continue;
           }
         }
