@@ -35,7 +35,10 @@ function optionOf(name: SettingName, defaults: Partial<Config>): Option {
   const { argument, description, isRepeatable, default: tableDefault } = settingOf(name);
   const value = defaults[name] ?? tableDefault;
   // A default given to commander could not be told from a flag, which must win over the environment.
-  const shown = argument === null || value === undefined ? '' : ` (default: ${JSON.stringify(value).replaceAll('"', '')})`;
+  const shown =
+    argument === null || value === undefined
+      ? ''
+      : ` (default: ${JSON.stringify(value).replaceAll('"', '')})`;
   const flags = argument === null ? flagOf(name) : `${flagOf(name)} ${argument}`;
   const option = new Option(flags, `${description}${shown}`);
   if (isRepeatable === true) {

@@ -3,17 +3,21 @@ import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
 import { register as registerCoordinator } from './coordinator.js';
 import { register as registerEval } from './eval.js';
+import { register as registerGateway } from './gateway.js';
 import { register as registerGenerate } from './generate.js';
 import { register as registerInspect } from './inspect.js';
 import { register as registerTokenize } from './tokenize.js';
+import { register as registerUp } from './up.js';
 
 /** In the order of the help text. */
 const commands = [
+  registerUp,
   registerGenerate,
   registerEval,
   registerInspect,
   registerTokenize,
   registerCoordinator,
+  registerGateway,
 ];
 
 /** Ranks are processes of another room, which this one never imports: the launcher starts them. */

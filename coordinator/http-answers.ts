@@ -1,0 +1,171 @@
+/** The routes that generate: chats and completions, streamed and whole, and the events of a job. */
+import type { FastifyInstance, FastifyReply } from 'fastify';
+import { CaravanError, toCaravanError } from '../proto/errors.js';
+import { endingError, type Answers } from './answers.js';
+import { EventStream } from './http-stream.js';
+import type { Journal } from './journal.js';
+import type { Models } from './models.js';
+import { modelNameOf, parseChat, parseCompletion, type Asked } from './openai.js';
+import {
+  answerBody,
+  chunkBody,
+  errorBody,
+  usageChunkBody,
+  type AnswerHead,
+  type AnswerKind,
+} from './openai-answer.js';
+import type { Usage } from './request.js';
+
+export interface AnswerRoutes {
+  readonly models: Models;
+  readonly journal: Journal;
+  readonly answers: Answers;
+  /** Aborts when the gateway stops: answers end, but their jobs go on. */
+  readonly stopping: AbortSignal;
+}
+
+export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): void {
+  const post = (path: string, kind: AnswerKind, parse: typeof parseChat): void => {
+    app.post(path, async (request, reply) => {
+      const startMs = performance.now();
+      const model = await routes.models.find(modelNameOf(request.body));
+      const asked = parse(request.body, model);
+      const jobId = await routes.answers.submit(asked);
+      const createdS = Math.floor(Date.now() / 1000);
+      const head: AnswerHead = { kind, jobId, model: model.card.name, createdS };
+      void reply.header('x-caravan-job', jobId);
+      const answer = new Answer(routes, reply, head, startMs);
+      return asked.isStream ? answer.stream(reply, asked.includesUsage, 0) : answer.whole(asked);
+    });
+  };
+  post('/v1/chat/completions', 'chat', parseChat);
+  post('/v1/completions', 'completion', parseCompletion);
+
+  app.get<{ Params: { id: string }; Querystring: { from?: string } }>(
+    '/v1/jobs/:id/events',
+    async (request, reply) => {
+      const { id } = request.params;
+      const job = await routes.journal.job(id);
+      if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
+      const offset = offsetOf(request.query.from ?? request.headers['last-event-id']);
+      const createdS = Math.floor(job.createdMs / 1000);
+      const head: AnswerHead = { kind: 'completion', jobId: id, model: job.model, createdS };
+      // Whoever only looks on does not take the job with him when he leaves.
+      const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });
+      return answer.stream(reply, true, offset);
+    },
+  );
+}
+
+/** Tokens that the client has: an event's id is `<tokens>-0`. */
+function offsetOf(eventId: string | string[] | undefined): number {
+  if (eventId === undefined || eventId === '') return 0;
+  const match = /^(\d{1,9})(-\d+)?$/.exec(String(eventId));
+  if (match === null) {
+    throw new CaravanError(
+      'invalid_request',
+      `last-event-id: ${String(eventId)} is no event's id`,
+      {
+        param: 'last-event-id',
+      },
+    );
+  }
+  return Number(match[1]);
+}
+
+/** One client that reads one job. */
+class Answer {
+  readonly #routes: AnswerRoutes;
+  readonly #head: AnswerHead;
+  readonly #startMs: number;
+  readonly #signal: AbortSignal;
+
+  constructor(
+    routes: AnswerRoutes,
+    reply: FastifyReply,
+    head: AnswerHead,
+    startMs: number,
+    { isOwner }: { isOwner: boolean } = { isOwner: true },
+  ) {
+    this.#routes = routes;
+    this.#head = head;
+    this.#startMs = startMs;
+    const left = new AbortController();
+    this.#signal = AbortSignal.any([left.signal, routes.stopping]);
+    reply.raw.once('close', () => {
+      // Closed after the last byte is the normal end; closed because we stop is not the client's wish.
+      if (reply.raw.writableFinished || routes.stopping.aborted) return;
+      left.abort(new CaravanError('cancelled', 'the client left'));
+      // The job's own ending may have come first; then there is nothing to cancel.
+      if (isOwner) routes.answers.cancel(head.jobId, head.model).catch(() => undefined);
+    });
+  }
+
+  /** Waits for the end. @throws CaravanError for a job that did not complete. */
+  async whole({ request }: Asked): Promise<unknown> {
+    let text = '';
+    for await (const entry of this.#follow(0)) {
+      if (entry.kind === 'tokens') {
+        text += entry.texts.join('');
+        continue;
+      }
+      if (entry.ending.status !== 'completed') throw endingError(entry.ending);
+      const { finishReason, usage } = entry.ending;
+      return answerBody(this.#head, text + entry.text, finishReason, usage);
+    }
+    throw new CaravanError('internal', `the journal of ${request.model} ended without an ending`);
+  }
+
+  /** Sends every piece of text as it is written, from the first `offset` tokens on. */
+  async stream(reply: FastifyReply, includesUsage: boolean, offset: number): Promise<void> {
+    const stream = new EventStream(reply, { 'x-caravan-job': this.#head.jobId });
+    try {
+      if (this.#head.kind === 'chat' && offset === 0) {
+        await stream.send(chunkBody(this.#head, '', null, true));
+      }
+      for await (const entry of this.#follow(offset)) {
+        if (entry.kind === 'tokens') {
+          const text = entry.texts.join('');
+          const id = `${entry.endOffset}-0`;
+          if (text !== '') await stream.send(chunkBody(this.#head, text, null, false), id);
+          continue;
+        }
+        if (entry.ending.status !== 'completed') throw endingError(entry.ending);
+        const { finishReason, usage } = entry.ending;
+        await this.#sendEnd(
+          stream,
+          entry.endOffset,
+          entry.text,
+          finishReason,
+          usage,
+          includesUsage,
+        );
+      }
+    } catch (thrown) {
+      // The status line is long gone: the error is an event, as OpenAI's clients expect.
+      if (!this.#signal.aborted) await stream.send(errorBody(toCaravanError(thrown)));
+    } finally {
+      stream.end();
+    }
+  }
+
+  async #sendEnd(
+    stream: EventStream,
+    endOffset: number,
+    heldText: string,
+    finishReason: 'stop' | 'length',
+    usage: Usage,
+    includesUsage: boolean,
+  ): Promise<void> {
+    const id = `${endOffset}-1`;
+    if (heldText !== '') await stream.send(chunkBody(this.#head, heldText, null, false), id);
+    await stream.send(chunkBody(this.#head, '', finishReason, false), id);
+    if (includesUsage) await stream.send(usageChunkBody(this.#head, usage));
+    await stream.send('[DONE]');
+  }
+
+  #follow(offset: number) {
+    const { jobId, model } = this.#head;
+    return this.#routes.answers.follow(jobId, model, offset, this.#startMs, this.#signal);
+  }
+}

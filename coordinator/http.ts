@@ -1,0 +1,107 @@
+/** The HTTP front: routes, errors in OpenAI's shape, health, metrics and the status page. */
+import Fastify, { type FastifyInstance } from 'fastify';
+import type { Logger } from 'pino';
+import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
+import { addAnswerRoutes, type AnswerRoutes } from './http-answers.js';
+import { statusPage } from './http-status.js';
+import type { GatewayMetrics } from './metrics.js';
+import { errorBody, modelBody } from './openai-answer.js';
+import type { Store } from './store.js';
+
+const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
+
+export interface HttpRoutes extends AnswerRoutes {
+  readonly store: Store;
+  readonly metrics: GatewayMetrics;
+}
+
+/** The server, not listening yet. */
+export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstance {
+  const app = Fastify({
+    bodyLimit: BODY_LIMIT_BYTES,
+    // Streams end by themselves; idle connections need not be waited for.
+    forceCloseConnections: 'idle',
+    return503OnClosing: true,
+  });
+  // Clients that forget the content type mean JSON.
+  app.removeAllContentTypeParsers();
+  app.addContentTypeParser('*', { parseAs: 'string' }, (_request, text, done) => {
+    try {
+      done(null, JSON.parse(text as string));
+    } catch (cause) {
+      const reason = cause instanceof Error ? cause.message : String(cause);
+      done(new CaravanError('invalid_request', `the body is not valid JSON: ${reason}`));
+    }
+  });
+
+  app.setErrorHandler((thrown, request, reply) => {
+    const error = fromFastify(thrown);
+    const { http } = errorTable[error.code];
+    if (http >= 500) log.warn({ code: error.code, url: request.url }, error.message);
+    void reply.status(http).send(errorBody(error));
+  });
+  app.setNotFoundHandler((request) => {
+    throw new CaravanError('not_found', `there is no ${request.method} ${request.url}`);
+  });
+  app.addHook('onResponse', (request, reply, done) => {
+    const route = request.routeOptions.url ?? 'none';
+    routes.metrics.requests.inc({ route, status: reply.raw.statusCode });
+    done();
+  });
+
+  addAnswerRoutes(app, routes);
+  addModelRoutes(app, routes);
+  addHealthRoutes(app, routes);
+  app.get('/', async (_request, reply) => {
+    void reply.type('text/html; charset=utf-8');
+    const [cards, engines] = await Promise.all([routes.models.cards(), routes.store.engines()]);
+    const counts = await Promise.all(
+      cards.map(({ name }) => routes.answers.queueOf(name).counts()),
+    );
+    return statusPage(cards, engines, counts);
+  });
+  return app;
+}
+
+function addModelRoutes(app: FastifyInstance, { models }: HttpRoutes): void {
+  app.get('/v1/models', async () => ({
+    object: 'list',
+    data: (await models.cards()).map(modelBody),
+  }));
+  app.get<{ Params: { '*': string } }>('/v1/models/*', async (request) =>
+    modelBody((await models.find(request.params['*'])).card),
+  );
+}
+
+function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
+  const { store, metrics, models, answers } = routes;
+  app.get('/livez', () => ({ status: 'ok' }));
+  app.get('/readyz', async () => {
+    const engines = await store.engines();
+    if (engines.length === 0) throw new CaravanError('engine_unavailable', 'no engine is alive');
+    return { status: 'ok', engines: engines.length };
+  });
+  app.get('/metrics', async (_request, reply) => {
+    const counts = new Map<string, number>();
+    for (const { model } of await store.engines()) counts.set(model, (counts.get(model) ?? 0) + 1);
+    metrics.setEngines(counts);
+    for (const { name } of await models.cards()) {
+      metrics.setQueue(name, { ...(await answers.queueOf(name).counts()) });
+    }
+    void reply.type(metrics.contentType);
+    return metrics.text();
+  });
+}
+
+/** Fastify's own errors carry a status; everything else is ours or a fault. */
+function fromFastify(thrown: unknown): CaravanError {
+  if (thrown instanceof CaravanError) return thrown;
+  const { statusCode, message } = thrown as { statusCode?: number; message?: string };
+  if (statusCode === 413) {
+    return new CaravanError('payload_too_large', `the body is over ${BODY_LIMIT_BYTES} bytes`);
+  }
+  if (statusCode !== undefined && statusCode < 500) {
+    return new CaravanError('invalid_request', message ?? 'the request is malformed');
+  }
+  return toCaravanError(thrown);
+}

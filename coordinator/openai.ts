@@ -1,0 +1,213 @@
+/**
+ * OpenAI's request bodies, turned into a Request or refused. Nothing that a client asks for is passed over in
+ * silence: what we do not do yet is a 400 that says so. Fields that OpenAI does not know are ignored, as
+ * OpenAI does.
+ */
+import { randomInt } from 'node:crypto';
+import { z } from 'zod';
+import { renderLlama2Chat } from '../model/chat-template.js';
+import type { Tokenizer } from '../model/tokenizer.js';
+import { CaravanError } from '../proto/errors.js';
+import type { JobTerms, ModelCard, Request } from './request.js';
+
+/** A model that can be asked: its card and its tokenizer. */
+export interface ServedModel {
+  readonly card: ModelCard;
+  readonly tokenizer: Tokenizer;
+}
+
+/** What a body asks for, besides the Request itself. */
+export interface Asked {
+  readonly request: Request;
+  readonly terms: JobTerms;
+  readonly isStream: boolean;
+  readonly includesUsage: boolean;
+}
+
+const MAX_STOPS = 16;
+const MAX_STOP_CHARACTERS = 1000;
+const DEFAULT_PRIORITY = 100;
+
+/** A field that may be left out or null, as OpenAI's clients send it. */
+const maybe = <T extends z.ZodType>(schema: T) => schema.nullish();
+
+const stopText = z.string().min(1).max(MAX_STOP_CHARACTERS);
+
+const common = {
+  model: maybe(z.string()),
+  stream: maybe(z.boolean()),
+  stream_options: maybe(z.object({ include_usage: maybe(z.boolean()) })),
+  max_tokens: maybe(z.number().int().min(1)),
+  temperature: maybe(z.number().min(0).max(2)),
+  top_p: maybe(z.number().gt(0).max(1)),
+  top_k: maybe(z.number().int().min(0)),
+  seed: maybe(z.number().int()),
+  stop: maybe(z.union([stopText, z.array(stopText).max(MAX_STOPS)])),
+  ignore_eos: maybe(z.boolean()),
+  n: maybe(z.number().int().min(1)),
+  user: maybe(z.string()),
+  priority: maybe(z.number().int().min(1).max(1000)),
+  deadline_s: maybe(z.number().gt(0).max(31_536_000)),
+};
+
+const textPart = z.object({ type: z.literal('text'), text: z.string() });
+
+const chatBody = z.object({
+  ...common,
+  messages: z
+    .array(z.object({ role: z.string(), content: z.union([z.string(), z.array(textPart).min(1)]) }))
+    .min(1),
+  max_completion_tokens: maybe(z.number().int().min(1)),
+});
+
+const completionBody = z.object({
+  ...common,
+  prompt: maybe(
+    z.union([
+      z.string(),
+      z.array(z.string()).length(1),
+      z.array(z.number().int().nonnegative()).min(1),
+    ]),
+  ),
+});
+
+type Common = z.infer<typeof chatBody> | z.infer<typeof completionBody>;
+
+const isOff = (value: unknown): boolean => value === undefined || value === null || value === false;
+
+/** Fields that OpenAI knows and this release does not: the values that ask for nothing. */
+const unsupported: Readonly<Record<string, (value: unknown) => boolean>> = {
+  n: (value) => isOff(value) || value === 1,
+  best_of: (value) => isOff(value) || value === 1,
+  logprobs: isOff,
+  top_logprobs: (value) => isOff(value) || value === 0,
+  echo: isOff,
+  suffix: (value) => isOff(value) || value === '',
+  logit_bias: (value) => isOff(value) || isEmpty(value),
+  presence_penalty: (value) => isOff(value) || value === 0,
+  frequency_penalty: (value) => isOff(value) || value === 0,
+  repetition_penalty: (value) => isOff(value) || value === 1,
+  min_p: (value) => isOff(value) || value === 0,
+  response_format: (value) => isOff(value) || (value as { type?: unknown }).type === 'text',
+  tools: (value) => isOff(value) || isEmpty(value),
+  tool_choice: (value) => isOff(value) || value === 'none' || value === 'auto',
+  functions: (value) => isOff(value) || isEmpty(value),
+  function_call: (value) => isOff(value) || value === 'none' || value === 'auto',
+  guided_json: isOff,
+  guided_regex: isOff,
+  guided_choice: isOff,
+  guided_grammar: isOff,
+  modalities: (value) => isOff(value) || JSON.stringify(value) === '["text"]',
+  audio: isOff,
+};
+
+const isEmpty = (value: unknown): boolean =>
+  typeof value === 'object' && value !== null && Object.keys(value).length === 0;
+
+/** A refusal of one field. */
+const refuse = (param: string, message: string): never => {
+  throw new CaravanError('invalid_request', `${param}: ${message}`, { param });
+};
+
+/** The model that a body names, if it names one. @throws CaravanError `invalid_request`. */
+export function modelNameOf(body: unknown): string | null {
+  if (typeof body !== 'object' || body === null || Array.isArray(body)) {
+    throw new CaravanError('invalid_request', 'the body must be a JSON object');
+  }
+  const { model } = body as { model?: unknown };
+  if (model === undefined || model === null) return null;
+  return typeof model === 'string' ? model : refuse('model', 'must be a string');
+}
+
+/**
+ * POST /v1/chat/completions.
+ *
+ * @throws CaravanError `invalid_request` with the field as `param`, `context_length_exceeded`.
+ */
+export function parseChat(body: unknown, model: ServedModel): Asked {
+  const parsed = parse(chatBody, body);
+  const messages = parsed.messages.map(({ role, content }) => ({
+    role,
+    content: typeof content === 'string' ? content : content.map(({ text }) => text).join(''),
+  }));
+  const promptTokenIds = renderLlama2Chat(messages, model.tokenizer);
+  const maxTokens = parsed.max_completion_tokens ?? parsed.max_tokens;
+  return finish(parsed, model, promptTokenIds, true, 'messages', maxTokens ?? null);
+}
+
+/** POST /v1/completions. A prompt of token ids is taken as it is; a text gets BOS before it. */
+export function parseCompletion(body: unknown, model: ServedModel): Asked {
+  const parsed = parse(completionBody, body);
+  const { card, tokenizer } = model;
+  const prompt = parsed.prompt ?? '';
+  const text = typeof prompt === 'string' ? prompt : prompt[0];
+  if (typeof text === 'string') {
+    const ids = [card.bosTokenId, ...tokenizer.encode(text)];
+    return finish(parsed, model, ids, text === '', 'prompt', parsed.max_tokens ?? null);
+  }
+  const ids = prompt as number[];
+  const alien = ids.find((id) => id >= card.vocabSize);
+  if (alien !== undefined) {
+    refuse('prompt', `token id ${alien} is not below the vocabulary's ${card.vocabSize}`);
+  }
+  return finish(parsed, model, ids, false, 'prompt', parsed.max_tokens ?? null);
+}
+
+function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
+  modelNameOf(body);
+  for (const [field, asksNothing] of Object.entries(unsupported)) {
+    const value = (body as Record<string, unknown>)[field];
+    if (!asksNothing(value)) refuse(field, `${JSON.stringify(value)} is not supported yet`);
+  }
+  const parsed = schema.safeParse(body);
+  if (parsed.success) return parsed.data;
+  const issue = parsed.error.issues[0];
+  const param = issue?.path.join('.') ?? '';
+  throw new CaravanError('invalid_request', `${param}: ${issue?.message ?? 'is wrong'}`, { param });
+}
+
+function finish(
+  body: Common,
+  { card }: ServedModel,
+  promptTokenIds: readonly number[],
+  isTextStart: boolean,
+  promptField: string,
+  maxTokens: number | null,
+): Asked {
+  const room = card.maxSeqLen - promptTokenIds.length;
+  if (room < 1) {
+    throw new CaravanError(
+      'context_length_exceeded',
+      `${promptField}: has ${promptTokenIds.length} tokens, and the context of ${card.maxSeqLen} ` +
+        `must hold at least one more`,
+      { param: promptField },
+    );
+  }
+  if (body.seed != null && !Number.isSafeInteger(body.seed)) {
+    refuse('seed', `${body.seed} is beyond 2^53`);
+  }
+  const stop = body.stop ?? [];
+  return {
+    request: {
+      version: 1,
+      model: card.name,
+      promptTokenIds,
+      sampling: {
+        temperature: body.temperature ?? card.defaults.temperature ?? 1,
+        topP: body.top_p ?? card.defaults.topP ?? 1,
+        topK: body.top_k ?? 0,
+        seed: body.seed ?? randomInt(2 ** 47),
+      },
+      maxTokens: maxTokens ?? room,
+      stop: typeof stop === 'string' ? [stop] : stop,
+      ignoreEos: body.ignore_eos ?? false,
+      isTextStart,
+    },
+    terms: {
+      priority: body.priority ?? DEFAULT_PRIORITY,
+      deadlineMs: body.deadline_s == null ? null : Date.now() + 1000 * body.deadline_s,
+    },
+    isStream: body.stream ?? false,
+    includesUsage: body.stream_options?.include_usage ?? false,
+  };
+}
