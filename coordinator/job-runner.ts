@@ -8,6 +8,7 @@
  * A job is taken only when a slot is free. Whatever happens to it happens once: the first of the events
  * above decides, and later ones find it decided.
  */
+import { setTimeout as delay } from 'node:timers/promises';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import { Bell } from './bell.js';
 import type { Engine, SequenceHandle } from './engine.js';
@@ -23,6 +24,10 @@ export interface RunnerLog {
 
 /** How often the flags of running jobs are looked at, should a message have been lost. */
 const CANCEL_POLL_MS = 2_000;
+/** Redis that refused a take (full, say) is given time. */
+const REFUSED_TAKE_PAUSE_MS = 500;
+/** How long a job that is given back may wait for Redis; its lock runs out soon after anyway. */
+const GIVE_BACK_TIMEOUT_MS = 2_000;
 
 export class JobRunner {
   readonly #engine: Engine;
@@ -59,7 +64,7 @@ export class JobRunner {
     };
     draining.addEventListener('abort', wake);
     stopping.addEventListener('abort', giveBackAll);
-    const unlisten = await this.#journal.onCancel((id) => void this.#cancel(id));
+    const unlisten = this.#journal.onCancel((id) => void this.#cancel(id));
     const poll = setInterval(() => void this.#cancel(''), CANCEL_POLL_MS);
     try {
       const isOver = (): boolean => draining.aborted || stopping.aborted;
@@ -77,12 +82,13 @@ export class JobRunner {
       clearInterval(poll);
       draining.removeEventListener('abort', wake);
       stopping.removeEventListener('abort', giveBackAll);
-      await unlisten();
+      unlisten();
     }
   }
 
   async #start(taken: TakenJob): Promise<void> {
-    const take = await this.#journal.take(taken.id, this.#engineId);
+    const take = await this.#beginTake(taken);
+    if (take === null) return;
     if (take.kind !== 'taken') {
       // Ended already (its engine died before BullMQ heard of it), or forgotten: nothing to run.
       await taken.finish(take.kind === 'missing');
@@ -102,6 +108,18 @@ export class JobRunner {
       this.#changed.ring();
     });
     job.start();
+  }
+
+  /** @returns null when Redis refused; the job is back in the queue then. */
+  async #beginTake(taken: TakenJob): Promise<Take | { kind: 'missing' | 'ended' } | null> {
+    try {
+      return await this.#journal.take(taken.id, this.#engineId);
+    } catch (error) {
+      this.#log.warn({ job: taken.id }, `the take was refused: ${String(error)}`);
+      await taken.giveBack();
+      await delay(REFUSED_TAKE_PAUSE_MS);
+      return null;
+    }
   }
 
   /** @param id a job, or empty for all that run: then their flags are read. */
@@ -198,11 +216,16 @@ class RunningJob {
   /** Back to the queue, with what is in the journal. */
   giveBack(): void {
     if (!this.#isFirst()) return;
-    void (async () => {
+    const giveBack = async (): Promise<string> => {
       await this.#writer.release();
       await this.#taken.giveBack();
-      this.#resolve('given back');
-    })();
+      return 'given back';
+    };
+    const late = delay(GIVE_BACK_TIMEOUT_MS, 'left to its lock', { ref: false });
+    void Promise.race([giveBack(), late]).then((outcome) => {
+      this.#writer.stop();
+      this.#resolve(outcome);
+    });
   }
 
   /** Another take has the job: nothing of it is ours any more. */

@@ -5,8 +5,9 @@
  *   caravan:{ID}:journal:I  stream of sequence I. An entry's id is <tokens so far>-0, so that Redis
  *                           itself refuses a token twice; the last one, <tokens>-1, has the ending.
  *
- * Every take of a job raises its fence. A script that brings a lower fence than the stored one is
- * `stale` and changes nothing; a higher one is stored, should Redis have lost the take.
+ * Every take of a job raises its fence: to the time in microseconds, so that no number is handed out
+ * twice, even when Redis came back without its last second. A script that brings a lower fence than the
+ * stored one is `stale` and changes nothing; a higher one is stored, should Redis have lost the take.
  */
 
 /** KEYS job; ARGV model, request, terms, createdMs. @returns 1, or 0 when the job exists. */
@@ -21,8 +22,11 @@ export const takeScript = `
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return {'missing'} end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'ended'} end
-local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
-redis.call('HSET', KEYS[1], 'status', 'active', 'engine', ARGV[1])
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+local fence = math.max(tonumber(redis.call('HGET', KEYS[1], 'fence')) + 1, now)
+fence = string.format('%.0f', fence)
+redis.call('HSET', KEYS[1], 'fence', fence, 'status', 'active', 'engine', ARGV[1])
 return {'taken', fence, redis.call('HGET', KEYS[1], 'cancel') or '0',
   redis.call('HGET', KEYS[1], 'request'), redis.call('HGET', KEYS[1], 'terms')}`;
 

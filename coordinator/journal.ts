@@ -237,7 +237,7 @@ export class Journal {
   }
 
   /** Hears of cancellations; an empty id means that some may have been missed. @returns how to stop. */
-  async onCancel(listener: (id: string) => void): Promise<() => Promise<void>> {
+  onCancel(listener: (id: string) => void): () => void {
     return this.#listen(CANCEL_CHANNEL, listener);
   }
 
@@ -264,7 +264,7 @@ export class Journal {
     const ring = (): void => {
       bell.ring();
     };
-    const stop = await this.#listen(channelOf(id), ring);
+    const stop = this.#listen(channelOf(id), ring);
     signal.addEventListener('abort', ring);
     try {
       for (let at = offset; ;) {
@@ -278,7 +278,7 @@ export class Journal {
       }
     } finally {
       signal.removeEventListener('abort', ring);
-      await stop();
+      stop();
     }
   }
 
@@ -297,10 +297,7 @@ export class Journal {
     }
   }
 
-  async #listen(
-    channel: string,
-    listener: (message: string) => void,
-  ): Promise<() => Promise<void>> {
+  #listen(channel: string, listener: (message: string) => void): () => void {
     let listeners = this.#listeners.get(channel);
     if (listeners === undefined) {
       listeners = new Set();
@@ -308,13 +305,16 @@ export class Journal {
     }
     listeners.add(listener);
     const others = listeners;
-    if (others.size === 1) await this.#subscriber.subscribe(channel);
-    return async () => {
+    if (others.size === 1) {
+      // What is published before the subscription stands is found by the first look or the next poll.
+      this.#subscriber.subscribe(channel).catch(() => undefined);
+    }
+    return () => {
       others.delete(listener);
       if (others.size > 0 || this.#listeners.get(channel) !== others) return;
       this.#listeners.delete(channel);
-      // A connection that is being closed has no subscriptions any more.
-      await this.#subscriber.unsubscribe(channel).catch(() => undefined);
+      // Not waited for: Redis may be away, or the connection closed and without subscriptions.
+      this.#subscriber.unsubscribe(channel).catch(() => undefined);
     };
   }
 
