@@ -31,7 +31,8 @@ export function promptOf(
   };
 }
 
-function readMessages(file: string): z.infer<typeof messages> {
+/** Reads a file of messages. @throws CaravanError `bad_usage`. */
+export function readMessages(file: string): z.infer<typeof messages> {
   let json: unknown;
   try {
     json = JSON.parse(fs.readFileSync(file, 'utf8'));

@@ -1,11 +1,16 @@
 /** The whole command line: one file per command. */
 import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
+import { register as registerCancel } from './cancel.js';
 import { register as registerCoordinator } from './coordinator.js';
+import { register as registerDoctor } from './doctor.js';
 import { register as registerEval } from './eval.js';
 import { register as registerGateway } from './gateway.js';
 import { register as registerGenerate } from './generate.js';
 import { register as registerInspect } from './inspect.js';
+import { register as registerJobs } from './jobs.js';
+import { register as registerResult } from './result.js';
+import { register as registerSubmit } from './submit.js';
 import { register as registerTokenize } from './tokenize.js';
 import { register as registerUp } from './up.js';
 
@@ -16,8 +21,13 @@ const commands = [
   registerEval,
   registerInspect,
   registerTokenize,
+  registerSubmit,
+  registerJobs,
+  registerResult,
+  registerCancel,
   registerCoordinator,
   registerGateway,
+  registerDoctor,
 ];
 
 /** Ranks are processes of another room, which this one never imports: the launcher starts them. */

@@ -1,0 +1,72 @@
+/** `caravan submit`: adds one job to the queue. */
+import { randomInt } from 'node:crypto';
+import type { Command } from 'commander';
+import { Answers } from '../answers.js';
+import { Journal } from '../journal.js';
+import { GatewayMetrics } from '../metrics.js';
+import { Models } from '../models.js';
+import { parseChat, parseCompletion } from '../openai.js';
+import { readMessages } from '../prompt.js';
+import { Store } from '../store.js';
+import { EMBEDDED_MODEL } from '../package-root.js';
+import { declareSettings } from './options.js';
+
+export function register(program: Command): void {
+  const command = program
+    .command('submit')
+    .description('Adds one job to the queue; `caravan result ID` waits for its end.');
+  const settings = declareSettings(
+    command,
+    [
+      'redis',
+      'model',
+      'prompt',
+      'chat',
+      'maxTokens',
+      'temperature',
+      'topP',
+      'topK',
+      'seed',
+      'stop',
+      'ignoreEos',
+      'priority',
+      'deadline',
+      'json',
+    ],
+    { required: ['redis'] },
+  );
+  command.action(async () => {
+    const s = settings();
+    const store = await Store.open(s.redis, 'impatient');
+    const journal = await Journal.open(s.redis, 'impatient');
+    const answers = new Answers(s.redis, journal, new GatewayMetrics(), () => undefined);
+    try {
+      const models = new Models(store);
+      // The default names the embedded model; where it is not served, the only card there is.
+      const cards = await models.cards();
+      const isDefault = s.model === EMBEDDED_MODEL && !cards.some(({ name }) => name === s.model);
+      const model = await models.find(isDefault ? null : s.model);
+      const body = {
+        max_tokens: s.maxTokens,
+        temperature: s.temperature,
+        top_p: s.topP,
+        top_k: s.topK,
+        seed: s.seed ?? randomInt(2 ** 47),
+        stop: s.stop,
+        ignore_eos: s.ignoreEos,
+        priority: s.priority,
+        deadline_s: s.deadline,
+      };
+      const asked =
+        s.chat === undefined
+          ? parseCompletion({ ...body, prompt: s.prompt ?? '' }, model)
+          : parseChat({ ...body, messages: readMessages(s.chat) }, model);
+      const id = await answers.submit(asked);
+      process.stdout.write(s.json ? `${JSON.stringify({ id })}\n` : `${id}\n`);
+    } finally {
+      await answers.close();
+      journal.close();
+      store.close();
+    }
+  });
+}
