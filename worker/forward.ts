@@ -60,6 +60,7 @@ export class Forward {
       maxSeqLen: this.#kv.maxSeqLen,
       slotCount: this.#kv.slotCount,
       maxStepRows: this.#workspace.maxRows,
+      headSize: this.#shard.config.headSize,
       lengths: this.#kv.lengths,
     });
     this.#lastStep = step.number;

@@ -35,6 +35,7 @@ export interface StepLimits {
   readonly maxSeqLen: number;
   readonly slotCount: number;
   readonly maxStepRows: number;
+  readonly headSize: number;
   readonly lengths: Int32Array;
 }
 
@@ -97,7 +98,9 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
     chunk.tokens.forEach((token, i) => {
       append(slot, token, limits.lengths[slot]! + i);
     });
-    groups.push({ firstRow, firstSlot: slot, batch: 1, length: chunk.tokens.length });
+    for (const { start, count } of attentionRuns(chunk.tokens.length, limits.headSize)) {
+      groups.push({ firstRow: firstRow + start, firstSlot: slot, batch: 1, length: count });
+    }
     hasTargets ||= chunk.targets.length > 0;
     for (const row of sampledOf(chunk)) sample(firstRow + row, slot, chunk.targets[row] ?? -1);
   }
@@ -115,6 +118,22 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
     targets,
     hasTargets,
   };
+}
+
+/**
+ * How attention goes over a chunk's rows. ONNX Runtime takes queries in blocks, and a last block of one row
+ * by another kernel, whose result differs in the last bits: two rows are split off then, so that a
+ * row's result never depends on where its chunk began or ended.
+ *
+ * The runtime's blocks are min(L2 cache / (32 × headSize), 2 × headSize) rows, a multiple of ours.
+ */
+function attentionRuns(length: number, headSize: number): { start: number; count: number }[] {
+  const block = Math.min(64, 2 * headSize);
+  if (length === 1 || length % block !== 1) return [{ start: 0, count: length }];
+  return [
+    { start: 0, count: length - 2 },
+    { start: length - 2, count: 2 },
+  ];
 }
 
 function sampledOf(chunk: Chunk): number[] {

@@ -81,7 +81,7 @@ export class Workspace {
   readonly totalLengths: Int32Array<ArrayBuffer>;
   /** (sampled, vocab.count) of the last step. */
   readonly logits: Float32Array<ArrayBuffer>;
-  readonly cos: Tensor; // (maxSeqLen, headSize / 2)
+  readonly cos: Tensor; // (table rows, headSize / 2)
   readonly sin: Tensor;
   /** What the residual stream is before the embedding's all-reduce. */
   readonly #zeros: Float32Array;
@@ -132,9 +132,11 @@ export class Workspace {
     this.#v = allocate(maxRows * widths.key);
     this.#attended = allocate(maxRows * widths.query);
     this.#partials = partials;
-    const { cos, sin } = rotaryTables(config, maxSeqLen);
-    this.cos = ort.tensor(cos, [maxSeqLen, config.headSize / 2]);
-    this.sin = ort.tensor(sin, [maxSeqLen, config.headSize / 2]);
+    // The node refuses more rows than the tables have, whatever their positions.
+    const tableRows = Math.max(maxSeqLen, maxRows);
+    const { cos, sin } = rotaryTables(config, tableRows);
+    this.cos = ort.tensor(cos, [tableRows, config.headSize / 2]);
+    this.sin = ort.tensor(sin, [tableRows, config.headSize / 2]);
   }
 
   rows(count: number): RowTensors {
@@ -207,14 +209,14 @@ export class Workspace {
   }
 }
 
-/** cos and sin of position × theta^(-2 i / headSize), shape (maxSeqLen, headSize / 2). */
-function rotaryTables(config: LlamaConfig, maxSeqLen: number) {
+/** cos and sin of position × theta^(-2 i / headSize), shape (rows, headSize / 2). */
+function rotaryTables(config: LlamaConfig, rows: number) {
   const half = config.headSize / 2;
-  const cos = allocate(maxSeqLen * half);
-  const sin = allocate(maxSeqLen * half);
+  const cos = allocate(rows * half);
+  const sin = allocate(rows * half);
   for (let i = 0; i < half; i += 1) {
     const frequency = config.ropeTheta ** ((-2 * i) / config.headSize);
-    for (let position = 0; position < maxSeqLen; position += 1) {
+    for (let position = 0; position < rows; position += 1) {
       cos[position * half + i] = Math.cos(position * frequency);
       sin[position * half + i] = Math.sin(position * frequency);
     }
