@@ -16,18 +16,23 @@ export interface PoolGroup {
 export class RankPool {
   readonly #started: LocalRank[] = [];
 
+  /** The first `count` processes; those that are missing are started. */
+  async start(count: number): Promise<readonly LocalRank[]> {
+    const missing = Math.max(0, count - this.#started.length);
+    const starting = Array.from({ length: missing }, () =>
+      startLocalRank({ threads: 1, device: 'cpu', logLevel: 'error' }),
+    );
+    this.#started.push(...(await Promise.all(starting)));
+    return this.#started.slice(0, count);
+  }
+
   /** Runs `use` with a group of the first `tp` processes, which stay for the next group. */
   async withGroup<T>(
     folder: string,
     limits: { tp: number; maxSeqLen: number; maxBatchSize: number; maxStepRows: number },
     use: (group: PoolGroup) => Promise<T>,
   ): Promise<T> {
-    const missing = Math.max(0, limits.tp - this.#started.length);
-    const starting = Array.from({ length: missing }, () =>
-      startLocalRank({ threads: 1, device: 'cpu', logLevel: 'error' }),
-    );
-    this.#started.push(...(await Promise.all(starting)));
-    const processes = this.#started.slice(0, limits.tp);
+    const processes = await this.start(limits.tp);
     const checkpoint = openCheckpoint(folder);
     const addresses = processes.map(({ address }) => address);
     const ranks = await Ranks.connect(addresses, groupSpec(checkpoint, limits));
