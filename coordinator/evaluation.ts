@@ -19,7 +19,7 @@ export interface Evaluation {
  * Feeds `tokens` in chunks through slot 0 of a fresh group.
  *
  * @param positions whose whole rows of logits are wanted.
- * @throws CaravanError `context_length_exceeded`.
+ * @throws CaravanError `context_length_exceeded`, or `invalid_request` for an id out of the vocabulary.
  */
 export async function evaluate(
   ranks: Ranks,
@@ -32,6 +32,14 @@ export async function evaluate(
     throw new CaravanError(
       'context_length_exceeded',
       `${tokens.length} tokens: the context has ${maxSeqLen} positions`,
+    );
+  }
+  const vocabSize = ranks.vocabCounts.reduce((sum, count) => sum + count, 0);
+  const alien = tokens.findIndex((token) => token >= vocabSize);
+  if (alien !== -1) {
+    throw new CaravanError(
+      'invalid_request',
+      `token ${tokens[alien]!} at position ${alien}: the vocabulary has ${vocabSize}`,
     );
   }
   const wanted = new Set(positions);

@@ -85,8 +85,9 @@ export async function withLocalGroup<T>(
   const { tp, device } = options;
   const started: LocalRank[] = [];
   try {
+    // What a rank has to say comes back as an error: a command's failure is one line.
     const starting = Array.from({ length: tp }, () =>
-      startLocalRank({ threads: threadsPerRank(tp), device, logLevel: 'warn' }),
+      startLocalRank({ threads: threadsPerRank(tp), device, logLevel: 'silent' }),
     );
     const settled = await Promise.allSettled(starting);
     for (const result of settled) if (result.status === 'fulfilled') started.push(result.value);

@@ -22,6 +22,7 @@ import { PROTOCOL } from '../proto/protocol.js';
 import { peerChannelOptions } from './all-reduce.js';
 import { checkLoad, Group } from './group.js';
 import { Lobby, type PeerCall } from './lobby.js';
+import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
 import type { Ort } from './ort.js';
 import { partialsMethod } from './partial-codec.js';
 import { Shard } from './shard.js';
@@ -184,6 +185,7 @@ export class RankServer {
       0,
     );
     let reportedMs = 0;
+    holdLargeBlocks('loading');
     const shard = await Shard.load(
       this.#ort,
       checkpoint,
@@ -197,6 +199,8 @@ export class RankServer {
       signal,
     );
     this.#kept = { key, shard };
+    collectGarbage();
+    holdLargeBlocks('running');
     return { shard, bytesRead: shard.bytesRead };
   }
 }
