@@ -1,0 +1,76 @@
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import path from 'node:path';
+import { test } from 'node:test';
+import { createProgram } from '../coordinator/cli/program.js';
+import { packageRoot } from '../coordinator/package-root.js';
+import { errorTable } from '../proto/errors.js';
+
+const read = (file: string): string => fs.readFileSync(path.join(packageRoot, file), 'utf8');
+
+void test('docs/cli.md lists exactly the commands and flags that exist', () => {
+  const sections = new Map(
+    read('docs/cli.md')
+      .split(/^## /m)
+      .slice(1)
+      .map((section) => [/^[\w-]+/.exec(section)![0], section] as const),
+  );
+  const { commands } = createProgram();
+  assert.deepEqual([...sections.keys()].sort(), commands.map((command) => command.name()).sort());
+  for (const command of commands) {
+    const documented = [...sections.get(command.name())!.matchAll(/^\| `(--[^`]*)`/gm)];
+    assert.deepEqual(
+      documented.map(([, flags]) => flags).sort(),
+      command.options.map((option) => option.flags).sort(),
+      command.name(),
+    );
+  }
+});
+
+void test('docs/errors.md lists exactly the codes that exist, with their facts', () => {
+  const rows = [
+    ...read('docs/errors.md').matchAll(
+      /^\| `(\w+)` *\| (\d+) *\| (\d+) *\| (yes|no) *\| (.*?) *\|$/gm,
+    ),
+  ];
+  assert.deepEqual(
+    rows.map(([, code, http, grpc, retry, meaning]) => [code, http, grpc, retry, meaning]),
+    Object.entries(errorTable).map(([code, rule]) => [
+      code,
+      String(rule.http),
+      String(rule.grpc),
+      rule.isRetryable ? 'yes' : 'no',
+      rule.meaning,
+    ]),
+  );
+});
+
+void test('links between the documents lead somewhere', () => {
+  const documents = [
+    'README.md',
+    'README.ja.md',
+    'ARCHITECTURE.md',
+    'CONTRIBUTING.md',
+    'CHANGELOG.md',
+  ];
+  documents.push(...fs.readdirSync(path.join(packageRoot, 'docs')).map((name) => `docs/${name}`));
+  for (const document of documents.filter((name) => name.endsWith('.md'))) {
+    for (const [, target] of read(document).matchAll(/\]\(([^)#\s]+)[^)]*\)/g)) {
+      if (/^https?:/.test(target!)) continue;
+      const file = path.join(packageRoot, path.dirname(document), target!);
+      assert.ok(fs.existsSync(file), `${document} → ${target!}`);
+    }
+  }
+});
+
+void test('both READMEs have the same two commands', () => {
+  const commands = (file: string): string[] =>
+    [...read(file).matchAll(/^\.\/caravan (up --ask "[^"]+"|test)/gm)].map(([line]) => line);
+  assert.equal(commands('README.md').length, 2);
+  assert.deepEqual(commands('README.md'), commands('README.ja.md'));
+});
+
+void test('ARCHITECTURE.md and CONTRIBUTING.md keep to their length', () => {
+  assert.ok(read('ARCHITECTURE.md').split('\n').length <= 151);
+  assert.ok(read('CONTRIBUTING.md').split('\n').length <= 61);
+});

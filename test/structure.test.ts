@@ -1,0 +1,132 @@
+/** The rules of the house: who may import whom, how long a file may be, which names say nothing. */
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { test } from 'node:test';
+import { packageRoot } from '../coordinator/package-root.js';
+
+const files = execFileSync(
+  'git',
+  ['ls-files', '--cached', '--others', '--exclude-standard', '*.ts'],
+  {
+    cwd: packageRoot,
+    encoding: 'utf8',
+  },
+)
+  .split('\n')
+  .filter((file) => file !== '' && fs.existsSync(path.join(packageRoot, file)));
+
+const read = (file: string): string => fs.readFileSync(path.join(packageRoot, file), 'utf8');
+
+/** What a file imports: its own project's files as paths from the root, packages by name. */
+function importsOf(file: string): string[] {
+  const specifiers = [...read(file).matchAll(/(?:^|\n)(?:import|export)[^;]*?from '([^']+)'/g)];
+  return specifiers.map(([, specifier]) =>
+    specifier!.startsWith('.')
+      ? path.join(path.dirname(file), specifier!).replace(/\.js$/, '.ts')
+      : specifier!,
+  );
+}
+
+const roomOf = (file: string): string => file.split('/')[0]!;
+
+/** Which rooms a room may import from. */
+const allowedRooms: Readonly<Record<string, readonly string[]>> = {
+  proto: ['proto'],
+  model: ['proto', 'model'],
+  worker: ['proto', 'model', 'worker'],
+  coordinator: ['proto', 'model', 'coordinator'],
+};
+
+/** The one owner of each third-party door. */
+const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
+  ['koffi', /^worker\/ort/],
+  ['onnxruntime-node', /^worker\/ort/],
+  ['bullmq', /^coordinator\/queue/],
+  ['ioredis', /^coordinator\/(queue|journal|store)/],
+  ['@grpc/grpc-js', /^(coordinator\/ranks|worker\/(service|lobby|all-reduce|partial-codec))\.ts$/],
+  ['fastify', /^coordinator\/http/],
+  ['prom-client', /^coordinator\/metrics/],
+  ['@huggingface/tokenizers', /^model\/tokenizer/],
+];
+
+void test('there are files to check', () => {
+  for (const room of Object.keys(allowedRooms)) {
+    assert.ok(files.filter((file) => roomOf(file) === room).length > 1, room);
+  }
+  assert.deepEqual(importsOf('coordinator/coin.ts'), []);
+  assert.ok(importsOf('coordinator/queue.ts').includes('bullmq'));
+});
+
+void test('imports go one way between rooms', () => {
+  for (const file of files) {
+    const allowed = allowedRooms[roomOf(file)];
+    if (allowed === undefined) continue;
+    for (const target of importsOf(file)) {
+      if (target.endsWith('.ts'))
+        assert.ok(allowed.includes(roomOf(target)), `${file} → ${target}`);
+    }
+  }
+});
+
+void test('each third-party door has one owner', () => {
+  for (const file of files) {
+    if (!(roomOf(file) in allowedRooms) || file.startsWith('proto/gen/')) continue;
+    for (const target of importsOf(file)) {
+      const door = doors.find(([name]) => target === name);
+      if (door !== undefined) assert.match(file, door[1], `${file} imports ${target}`);
+    }
+  }
+});
+
+void test('the HTTP front never reaches the engine', () => {
+  for (const file of files.filter((name) =>
+    /^coordinator\/(http|openai|answers|gateway)/.test(name),
+  )) {
+    const seen = new Set<string>();
+    const visit = (name: string): void => {
+      if (seen.has(name)) return;
+      seen.add(name);
+      for (const target of importsOf(name)) if (target.startsWith('coordinator/')) visit(target);
+    };
+    visit(file);
+    for (const inner of ['engine', 'scheduler', 'ranks', 'job-runner']) {
+      assert.ok(!seen.has(`coordinator/${inner}.ts`), `${file} reaches ${inner}`);
+    }
+  }
+});
+
+void test('pure rooms do no I/O', () => {
+  const pure = [
+    'coordinator/scheduler',
+    'coordinator/slots',
+    'coordinator/sampler',
+    'coordinator/coin',
+  ];
+  for (const name of [...pure, 'model/plan', 'model/chat-template', 'model/stop-text']) {
+    for (const target of importsOf(`${name}.ts`)) {
+      assert.ok(!target.startsWith('node:'), `${name} imports ${target}`);
+    }
+  }
+});
+
+void test('no file is longer than 400 lines', () => {
+  for (const file of files.filter((name) => !name.startsWith('proto/gen/'))) {
+    const lines = read(file).split('\n').length - 1;
+    assert.ok(lines <= 400, `${file} has ${lines} lines: split it by noun`);
+  }
+});
+
+void test('no file has a name that says nothing', () => {
+  for (const file of files) {
+    assert.doesNotMatch(file, /(^|\/)(utils?|helpers?|common|misc|types|interfaces)(\.ts|\/)/);
+  }
+});
+
+void test('no test is skipped without a reason, narrowed, or sleeps', () => {
+  for (const file of files.filter((name) => /^test\/[^/]*\.test\.ts$/.test(name))) {
+    if (file === 'test/structure.test.ts') continue;
+    assert.doesNotMatch(read(file), /\b(test|it|describe)\.(only|skip|todo)\(/, file);
+  }
+});
