@@ -35,7 +35,8 @@ export function decodePartial(message: Buffer): RankPartial {
     length += (byte & 0x7f) * 2 ** shift;
     if (byte < 0x80) break;
   }
-  if (message[0] !== SEQUENCE_TAG || message[5] !== DATA_TAG || length !== message.length - at) {
+  const isWhole = message.length > 6 && length === message.length - at;
+  if (message[0] !== SEQUENCE_TAG || message[5] !== DATA_TAG || !isWhole) {
     throw new CaravanError('internal', `a peer sent ${message.length} bytes that are no partial`);
   }
   return { sequence: message.readUInt32LE(1), data: message.subarray(at) };
