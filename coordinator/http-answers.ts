@@ -14,7 +14,7 @@ import {
   type AnswerHead,
   type AnswerKind,
 } from './openai-answer.js';
-import type { Usage } from './request.js';
+import type { Ending } from './request.js';
 
 export interface AnswerRoutes {
   readonly models: Models;
@@ -35,7 +35,9 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const head: AnswerHead = { kind, jobId, model: model.card.name, createdS };
       void reply.header('x-caravan-job', jobId);
       const answer = new Answer(routes, reply, head, startMs);
-      return asked.isStream ? answer.stream(reply, asked.includesUsage, 0) : answer.whole(asked);
+      return asked.isStream
+        ? answer.stream(reply, asked.includesUsage, START)
+        : answer.whole(asked);
     });
   };
   post('/v1/chat/completions', 'chat', parseChat);
@@ -47,30 +49,36 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const { id } = request.params;
       const job = await routes.journal.job(id);
       if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
-      const offset = offsetOf(request.query.from ?? request.headers['last-event-id']);
+      const position = positionOf(request.query.from ?? request.headers['last-event-id']);
       const createdS = Math.floor(job.createdMs / 1000);
       const head: AnswerHead = { kind: 'completion', jobId: id, model: job.model, createdS };
       // Whoever only looks on does not take the job with him when he leaves.
       const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });
-      return answer.stream(reply, true, offset);
+      return answer.stream(reply, true, position);
     },
   );
 }
 
-/** Tokens that the client has: an event's id is `<tokens>-0`. */
-function offsetOf(eventId: string | string[] | undefined): number {
-  if (eventId === undefined || eventId === '') return 0;
-  const match = /^(\d{1,9})(-\d+)?$/.exec(String(eventId));
+/** Where a client stands: tokens that it has, and how much of the ending (see sendEnd). */
+interface Position {
+  readonly offset: number;
+  readonly endPart: number;
+}
+
+const START: Position = { offset: 0, endPart: 0 };
+
+/** An event's id is `<tokens>-<part of the ending>`. */
+function positionOf(eventId: string | string[] | undefined): Position {
+  if (eventId === undefined || eventId === '') return START;
+  const match = /^(\d{1,9})(?:-(\d))?$/.exec(String(eventId));
   if (match === null) {
     throw new CaravanError(
       'invalid_request',
       `last-event-id: ${String(eventId)} is no event's id`,
-      {
-        param: 'last-event-id',
-      },
+      { param: 'last-event-id' },
     );
   }
-  return Number(match[1]);
+  return { offset: Number(match[1]), endPart: Number(match[2] ?? 0) };
 }
 
 /** One client that reads one job. */
@@ -116,8 +124,12 @@ class Answer {
     throw new CaravanError('internal', `the journal of ${request.model} ended without an ending`);
   }
 
-  /** Sends every piece of text as it is written, from the first `offset` tokens on. */
-  async stream(reply: FastifyReply, includesUsage: boolean, offset: number): Promise<void> {
+  /** Sends every piece of text as it is written, from a position on. */
+  async stream(
+    reply: FastifyReply,
+    includesUsage: boolean,
+    { offset, endPart }: Position,
+  ): Promise<void> {
     const stream = new EventStream(reply, { 'x-caravan-job': this.#head.jobId });
     try {
       if (this.#head.kind === 'chat' && offset === 0) {
@@ -131,15 +143,9 @@ class Answer {
           continue;
         }
         if (entry.ending.status !== 'completed') throw endingError(entry.ending);
-        const { finishReason, usage } = entry.ending;
-        await this.#sendEnd(
-          stream,
-          entry.endOffset,
-          entry.text,
-          finishReason,
-          usage,
-          includesUsage,
-        );
+        await this.#sendEnd(stream, entry, entry.ending, endPart);
+        if (includesUsage) await stream.send(usageChunkBody(this.#head, entry.ending.usage));
+        await stream.send('[DONE]');
       }
     } catch (thrown) {
       // The status line is long gone: the error is an event, as OpenAI's clients expect.
@@ -149,19 +155,19 @@ class Answer {
     }
   }
 
+  /** The ending has two parts with ids of their own: the text that was held back, and the reason. */
   async #sendEnd(
     stream: EventStream,
-    endOffset: number,
-    heldText: string,
-    finishReason: 'stop' | 'length',
-    usage: Usage,
-    includesUsage: boolean,
+    { endOffset, text }: { readonly endOffset: number; readonly text: string },
+    { finishReason }: Extract<Ending, { status: 'completed' }>,
+    endPart: number,
   ): Promise<void> {
-    const id = `${endOffset}-1`;
-    if (heldText !== '') await stream.send(chunkBody(this.#head, heldText, null, false), id);
-    await stream.send(chunkBody(this.#head, '', finishReason, false), id);
-    if (includesUsage) await stream.send(usageChunkBody(this.#head, usage));
-    await stream.send('[DONE]');
+    if (text !== '' && endPart < 1) {
+      await stream.send(chunkBody(this.#head, text, null, false), `${endOffset}-1`);
+    }
+    if (endPart < 2) {
+      await stream.send(chunkBody(this.#head, '', finishReason, false), `${endOffset}-2`);
+    }
   }
 
   #follow(offset: number) {

@@ -18,6 +18,8 @@ const RENEW_EVERY_MS = 2_000;
 const STALLED_CHECK_MS = 1_500;
 /** How long a fetch waits for a job before it looks at its signal. */
 const FETCH_WAIT_S = 1;
+/** How much longer than that a fetch may take once nobody waits for it. */
+const FETCH_GRACE_MS = 2_000;
 const ERROR_DELAY_MS = 500;
 /** Ended jobs that BullMQ's own tools can still list. */
 const KEPT_ENDED = { age: 24 * 3600, count: 10_000 };
@@ -134,6 +136,17 @@ export interface TakenJob {
   giveBack(): Promise<void>;
 }
 
+/** Resolves a while after the signal aborts: a fetch that Redis never answers must not be waited for. */
+function graceAfter(signal: AbortSignal): Promise<'late'> {
+  return new Promise((resolve) => {
+    const onAbort = (): void => {
+      setTimeout(resolve, FETCH_GRACE_MS, 'late');
+    };
+    if (signal.aborted) onAbort();
+    else signal.addEventListener('abort', onAbort, { once: true });
+  });
+}
+
 /** The side that works on jobs. Locks are renewed for as long as a job is held. */
 export class JobTaker {
   readonly #worker: Worker;
@@ -160,20 +173,28 @@ export class JobTaker {
   /** The next job, or null when the signal aborts first. */
   async take(signal: AbortSignal): Promise<TakenJob | null> {
     const isOver = (): boolean => signal.aborted;
+    const grace = graceAfter(signal);
     while (!isOver()) {
       try {
         const token = randomUUID();
-        const job = (await this.#worker.getNextJob(token)) as Job | undefined;
-        if (job === undefined) continue;
-        const taken = this.#hold(job, token);
-        if (!isOver()) return taken;
-        await taken.giveBack();
+        const fetching = this.#fetch(token);
+        const taken = await Promise.race([fetching, grace]);
+        if (taken === undefined) continue;
+        if (taken !== 'late' && !isOver()) return taken;
+        // What the fetch brings after all goes back to the queue.
+        const givingBack = fetching.then((job) => job?.giveBack()).catch(this.#onError);
+        if (taken !== 'late') await givingBack;
       } catch (error) {
         this.#onError(error as Error);
         await delay(ERROR_DELAY_MS);
       }
     }
     return null;
+  }
+
+  async #fetch(token: string): Promise<TakenJob | undefined> {
+    const job = (await this.#worker.getNextJob(token)) as Job | undefined;
+    return job === undefined ? undefined : this.#hold(job, token);
   }
 
   async close(): Promise<void> {
