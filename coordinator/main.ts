@@ -38,6 +38,8 @@ export interface CoordinatorOptions {
 
 const FIRST_RETRY_MS = 200;
 const MAX_RETRY_MS = 5_000;
+/** Ranks that have not come up by then are not coming; once they have served, they are waited for. */
+const FIRST_GROUP_TIMEOUT_MS = 60_000;
 
 /**
  * Runs until `draining` aborts and the running jobs have ended, or until `stopping` aborts.
@@ -65,6 +67,7 @@ export async function runCoordinator(
   const taker = new JobTaker(options.redisUrl, card.name, onRedisError);
   const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
   let isReady = false;
+  const startMs = performance.now();
   try {
     const isOver = (): boolean => draining.aborted || stopping.aborted;
     for (let retryMs = FIRST_RETRY_MS; !isOver();) {
@@ -90,7 +93,8 @@ export async function runCoordinator(
       } catch (thrown) {
         if (isOver()) return;
         const error = toCaravanError(thrown);
-        if (isFinal(error)) throw error;
+        const isTooLate = !isReady && performance.now() - startMs > FIRST_GROUP_TIMEOUT_MS;
+        if (isFinal(error) || isTooLate) throw error;
         log.warn({ code: error.code, retryMs }, error.message);
         await delay(retryMs);
         retryMs = Math.min(2 * retryMs, MAX_RETRY_MS);

@@ -209,6 +209,7 @@ class RankLink {
 
   async open(timeoutMs: number): Promise<void> {
     await new Promise<void>((resolve, reject) => {
+      void this.lost.then(reject);
       this.#client.waitForReady(Date.now() + timeoutMs, (error) => {
         if (error === undefined) {
           resolve();

@@ -34,6 +34,11 @@ export async function connectRedis(
 ): Promise<Redis> {
   const redis = new Redis(url, { ...redisOptions(patience), lazyConnect: true });
   redis.on('error', onError);
+  let lastError: Error | null = null;
+  const remember = (error: Error): void => {
+    lastError = error;
+  };
+  redis.on('error', remember);
   let timer: NodeJS.Timeout | undefined;
   try {
     await Promise.race([
@@ -47,15 +52,18 @@ export async function connectRedis(
     return redis;
   } catch (cause) {
     redis.disconnect();
-    throw unavailable(url, cause);
+    throw unavailable(url, lastError ?? cause);
   } finally {
+    redis.removeListener('error', remember);
     clearTimeout(timer);
   }
 }
 
 /** @returns a CaravanError that names the address without its password. */
 export function unavailable(url: string, cause: unknown): CaravanError {
-  const reason = cause instanceof Error ? cause.message : String(cause);
+  const message = cause instanceof Error ? cause.message : String(cause);
+  // ioredis's own words are about its settings.
+  const reason = message.startsWith('Reached the max retries') ? 'the connection is lost' : message;
   return new CaravanError(
     'redis_unavailable',
     `Redis at ${url.replace(/\/\/[^@/]*@/, '//')} cannot be reached: ${reason}`,

@@ -60,6 +60,8 @@ export class SupervisedChild {
     const gone = new Promise((resolve) => child.once('exit', resolve));
     child.kill(signal);
     await gone;
+    // The guard of a foreign program waits for the end of this pipe, and the pipe keeps us.
+    child.stdin?.destroy();
   }
 
   #watch(child: ChildProcess): void {

@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
+import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
@@ -44,14 +44,30 @@ async function startUp(name: string): Promise<Up> {
   throw new Error(`up ended with ${child.exitCode ?? '?'}`);
 }
 
+/** Every process of the machine: pid, parent, command line. */
+function processes(): { pid: number; parent: number; command: string }[] {
+  return fs
+    .readdirSync('/proc')
+    .filter((name) => /^\d+$/.test(name))
+    .flatMap((name) => {
+      try {
+        const stat = fs.readFileSync(`/proc/${name}/stat`, 'utf8');
+        const parent = Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[1]);
+        const command = fs.readFileSync(`/proc/${name}/cmdline`, 'utf8').replaceAll('\0', ' ');
+        return [{ pid: Number(name), parent, command }];
+      } catch {
+        // It has ended since.
+        return [];
+      }
+    });
+}
+
 /** Processes below this one, however deep. */
-function descendants(pid: number): number[] {
-  const table = execFileSync('ps', ['-eo', 'pid=,ppid='], { encoding: 'utf8' })
-    .trim()
-    .split('\n')
-    .map((line) => line.trim().split(/\s+/).map(Number));
-  const children = table.filter(([, parent]) => parent === pid).map(([child]) => child!);
-  return children.flatMap((child) => [child, ...descendants(child)]);
+function descendants(pid: number): { pid: number; command: string }[] {
+  const all = processes();
+  const below = (parent: number): typeof all =>
+    all.filter((each) => each.parent === parent).flatMap((child) => [child, ...below(child.pid)]);
+  return below(pid);
 }
 
 const isAlive = (pid: number): boolean => {
@@ -94,9 +110,9 @@ void test('up --ask --once prints the address and an answer, and ends with nothi
   assert.equal(code, 0);
   assert.match(stdout, /^caravan serves http:\/\/127\.0\.0\.1:\d+\n/);
   assert.ok(stdout.length > 150, stdout);
-  assert.doesNotMatch(
-    execFileSync('ps', ['-eo', 'args='], { encoding: 'utf8' }),
-    new RegExp(stateDir),
+  assert.deepEqual(
+    processes().filter(({ command }) => command.includes(stateDir)),
+    [],
   );
 });
 
@@ -125,7 +141,7 @@ void test('a second up on the same folder, or the same port, is refused in one l
 
 void test('the first Ctrl-C lets a running answer end; then all processes are gone', async () => {
   const up = await startUp('drain');
-  const pids = descendants(up.process.pid!);
+  const pids = descendants(up.process.pid!).map(({ pid }) => pid);
   assert.ok(pids.length >= 5, 'redis and its guard, two ranks, coordinator, gateway');
   const response = await ask(up.url, { max_tokens: 300, stream: true });
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
@@ -145,7 +161,7 @@ void test('the first Ctrl-C lets a running answer end; then all processes are go
 
 void test('kill -9 of up leaves no process behind', async () => {
   const up = await startUp('killed');
-  const pids = descendants(up.process.pid!);
+  const pids = descendants(up.process.pid!).map(({ pid }) => pid);
   up.process.kill('SIGKILL');
   await once(up.process, 'exit');
   assert.deepEqual(await untilGone(pids, 10_000), []);
@@ -159,11 +175,10 @@ void test('a rank that is killed comes back, and the answer under way is whole',
   const response = await ask(up.url, { max_tokens: 400, stream: true });
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
   let events = (await reader.read()).value ?? '';
-  const commandOf = (pid: number): string => fs.readFileSync(`/proc/${pid}/cmdline`, 'utf8');
-  const rank = descendants(up.process.pid!).find((pid) =>
-    commandOf(pid).includes('worker/main.js'),
+  const rank = descendants(up.process.pid!).find(({ command }) =>
+    command.includes('worker/main.js'),
   );
-  process.kill(rank!, 'SIGKILL');
+  process.kill(rank!.pid, 'SIGKILL');
   for (;;) {
     const { value, done } = await reader.read();
     if (done) break;
