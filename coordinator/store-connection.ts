@@ -34,9 +34,9 @@ export async function connectRedis(
 ): Promise<Redis> {
   const redis = new Redis(url, { ...redisOptions(patience), lazyConnect: true });
   redis.on('error', onError);
-  let lastError: Error | null = null;
+  const errors: Error[] = [];
   const remember = (error: Error): void => {
-    lastError = error;
+    errors[0] = error;
   };
   redis.on('error', remember);
   let timer: NodeJS.Timeout | undefined;
@@ -52,7 +52,7 @@ export async function connectRedis(
     return redis;
   } catch (cause) {
     redis.disconnect();
-    throw unavailable(url, lastError ?? cause);
+    throw unavailable(url, errors[0] ?? cause);
   } finally {
     redis.removeListener('error', remember);
     clearTimeout(timer);

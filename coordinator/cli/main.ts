@@ -29,5 +29,7 @@ try {
   } else {
     const error = toCaravanError(thrown);
     fail(error.message, error.code === 'bad_usage' ? 2 : 1);
+    // A channel to a parent or a connection to a dead Redis must not keep what has failed.
+    process.exit();
   }
 }
