@@ -13,6 +13,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { RankEngine, type StepFigures } from '../../coordinator/engine.js';
+import type { Request } from '../../coordinator/request.js';
 import { embeddedModelPath, openCheckpoint } from '../../model/checkpoint.js';
 import { fakeTokenizer } from '../fake-tokenizer.js';
 import { largeConfig } from '../large-config.js';
@@ -109,31 +110,18 @@ async function benchEngine(pool: RankPool, scenario: Scenario): Promise<void> {
     });
     const stop = new AbortController();
     const running = engine.run(stop.signal);
-    const generate = (count: number) =>
+    const generateAll = (count: number) =>
       Promise.all(
         Array.from({ length: sequences }, (_, i) => {
-          const request = {
-            version: 1,
-            model: name,
-            promptTokenIds: Array.from({ length: 8 }, (__, j) => (i * 31 + j) % vocabSize),
-            sampling: { temperature, topP: 0.95, topK: 0, seed: i },
-            maxTokens: count,
-            stop: [],
-            ignoreEos: true,
-            isTextStart: false,
-          } as const;
-          return new Promise<string>((resolve, reject) => {
-            engine.add(
-              { id: String(i), request, index: 0, resumeTokenIds: [] },
-              { token: () => undefined, end: resolve, fail: reject },
-            );
-          });
+          const promptTokenIds = Array.from({ length: 8 }, (__, j) => (i * 31 + j) % vocabSize);
+          const sampling = { temperature, topP: 0.95, topK: 0, seed: i };
+          return generate(engine, { ...greedyRequest, promptTokenIds, sampling, maxTokens: count });
         }),
       );
-    await generate(16);
+    await generateAll(16);
     steps.length = 0;
     const startMs = performance.now();
-    await generate(tokens);
+    await generateAll(tokens);
     const seconds = (performance.now() - startMs) / 1000;
     stop.abort();
     await running;
@@ -167,6 +155,67 @@ async function benchEngine(pool: RankPool, scenario: Scenario): Promise<void> {
     );
   });
 }
+
+/** Prompts of many tokens: how long a rank is deaf, and how soon it answers a ping meanwhile. */
+async function benchPrefill(pool: RankPool, folder: string, tp: number): Promise<void> {
+  const limits = { maxSeqLen: 512, maxBatchSize: 8, maxStepRows: 512 };
+  const promptTokens = 400;
+  await pool.withGroup(folder, { tp, ...limits }, async ({ checkpoint, ranks }) => {
+    const stretchesMs: number[] = [];
+    const engine = new RankEngine(ranks, fakeTokenizer(checkpoint.config.vocabSize), {
+      ...limits,
+      isExact: true,
+      onStep: ({ stretchMs }) => stretchesMs.push(stretchMs),
+    });
+    const stop = new AbortController();
+    const running = engine.run(stop.signal);
+    const pingsMs: number[] = [];
+    const done = new AbortController();
+    const pinging = (async () => {
+      while (!done.signal.aborted) pingsMs.push(Math.max(...(await ranks.ping())));
+    })();
+    const startMs = performance.now();
+    await Promise.all(
+      Array.from({ length: limits.maxBatchSize }, (_, i) => {
+        const promptTokenIds = Array.from({ length: promptTokens }, (__, j) => (i * 77 + j) % 4096);
+        return generate(engine, { ...greedyRequest, promptTokenIds, maxTokens: 1 });
+      }),
+    );
+    const seconds = (performance.now() - startMs) / 1000;
+    done.abort();
+    await pinging;
+    stop.abort();
+    await running;
+    print(
+      [
+        `hidden 4096, 4 layers, tp ${tp}`.padEnd(46),
+        p50p99(stretchesMs, 1),
+        Math.max(...stretchesMs)
+          .toFixed(1)
+          .padStart(8),
+        p50p99(pingsMs, 1),
+        ((limits.maxBatchSize * promptTokens) / seconds).toFixed(0).padStart(8),
+      ].join(' |'),
+    );
+  });
+}
+
+const greedyRequest = {
+  version: 1,
+  model: 'random',
+  sampling: { temperature: 0, topP: 1, topK: 0, seed: 0 },
+  stop: [],
+  ignoreEos: true,
+  isTextStart: false,
+} as const;
+
+const generate = (engine: RankEngine, request: Request): Promise<string> =>
+  new Promise((resolve, reject) => {
+    engine.add(
+      { id: 'bench', request, index: 0, resumeTokenIds: [] },
+      { token: () => undefined, end: resolve, fail: reject },
+    );
+  });
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-bench-'));
 const pool = new RankPool();
@@ -224,6 +273,11 @@ try {
   ]) {
     await benchEngine(pool, scenario);
   }
+  print(
+    '\nprompts of 400 tokens, 8 at once: ms without serving the network (p50, p99, most), ms of a ping',
+  );
+  print(`${''.padEnd(46)} |   stretch p50 p99 |    most |   ping p50 p99    | tokens/s`);
+  for (const tp of [1, 2]) await benchPrefill(pool, wide, tp);
 } finally {
   await pool.stop();
   fs.rmSync(scratch, { recursive: true });
