@@ -181,7 +181,8 @@ class RankLink {
   readonly #rank: number;
   readonly #address: string;
   readonly #client: RankClient;
-  readonly #call: ClientDuplexStream<Command, Report>;
+  /** Null until the rank is reached. */
+  #call: ClientDuplexStream<Command, Report> | null = null;
   readonly #waiters: Waiter[] = [];
   readonly #pongs = new Map<number, () => void>();
   #onProgress: (progress: LoadProgress) => void = () => undefined;
@@ -195,18 +196,9 @@ class RankLink {
     this.#address = address;
     this.lost = new Promise((resolve) => (this.#markLost = resolve));
     this.#client = new RankClient(address, credentials.createInsecure(), channelOptions);
-    this.#call = this.#client.drive();
-    this.#call.on('data', ({ kind }: Report) => {
-      if (kind !== undefined) this.#receive(kind);
-    });
-    this.#call.on('error', (error: Error) => {
-      this.#fail('rank_failed', `the stream broke: ${error.message}`);
-    });
-    this.#call.on('end', () => {
-      this.#fail('rank_failed', 'the rank ended the stream');
-    });
   }
 
+  /** Waits until the rank is reached, however often that must be tried, and opens the stream. */
   async open(timeoutMs: number): Promise<void> {
     await new Promise<void>((resolve, reject) => {
       void this.lost.then(reject);
@@ -217,6 +209,17 @@ class RankLink {
         }
         reject(this.#describe('rank_unavailable', `not reached within ${timeoutMs} ms`));
       });
+    });
+    const call = this.#client.drive();
+    this.#call = call;
+    call.on('data', ({ kind }: Report) => {
+      if (kind !== undefined) this.#receive(kind);
+    });
+    call.on('error', (error: Error) => {
+      this.#fail('rank_failed', `the stream broke: ${error.message}`);
+    });
+    call.on('end', () => {
+      this.#fail('rank_failed', 'the rank ended the stream');
     });
   }
 
@@ -285,7 +288,7 @@ class RankLink {
         clearTimeout(timer);
         resolve();
       });
-      this.#call.write({ kind: { $case: 'ping', ping: { token } } });
+      this.#call?.write({ kind: { $case: 'ping', ping: { token } } });
     });
     return performance.now() - startMs;
   }
@@ -300,7 +303,7 @@ class RankLink {
       return;
     }
     this.#waiters.push(waiter);
-    this.#call.write({ kind });
+    this.#call?.write({ kind });
   }
 
   #receive(kind: NonNullable<Report['kind']>): void {
@@ -331,7 +334,7 @@ class RankLink {
     if (this.#error !== null) return;
     this.#error = this.#describe(code, message);
     for (const waiter of this.#waiters.splice(0)) waiter.reject(this.#error);
-    this.#call.cancel();
+    this.#call?.cancel();
     this.#client.close();
     this.#markLost(this.#error);
   }
