@@ -1,13 +1,13 @@
 import assert from 'node:assert/strict';
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
-import { cliEntry } from '../coordinator/package-root.js';
 import { runCli } from './cli.js';
+import { descendants, processes, startUp, type UpProcess } from './up-process.js';
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-up-'));
 const running: ChildProcess[] = [];
@@ -17,57 +17,12 @@ after(async () => {
   fs.rmSync(scratch, { recursive: true, force: true });
 });
 
-interface Up {
-  readonly process: ChildProcess;
-  readonly url: string;
-  readonly stateDir: string;
-}
-
-/** Starts `caravan up` and returns when it has printed its address. */
-async function startUp(name: string): Promise<Up> {
+/** Starts `caravan up` with a state folder of this name. */
+async function startNamed(name: string): Promise<UpProcess & { readonly stateDir: string }> {
   const stateDir = path.join(scratch, name);
-  const args = [cliEntry, 'up', '--port', '0', '--tp', '2', '--state-dir', stateDir];
-  const child = spawn(process.execPath, [...args, '--log-level', 'error'], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
-  running.push(child);
-  let printed = '';
-  child.stdout.setEncoding('utf8');
-  for await (const text of child.stdout) {
-    printed += String(text);
-    const url = /caravan serves (http:\S+)/.exec(printed)?.[1];
-    if (url !== undefined) {
-      child.stdout.resume();
-      return { process: child, url, stateDir };
-    }
-  }
-  throw new Error(`up ended with ${child.exitCode ?? '?'}`);
-}
-
-/** Every process of the machine: pid, parent, command line. */
-function processes(): { pid: number; parent: number; command: string }[] {
-  return fs
-    .readdirSync('/proc')
-    .filter((name) => /^\d+$/.test(name))
-    .flatMap((name) => {
-      try {
-        const stat = fs.readFileSync(`/proc/${name}/stat`, 'utf8');
-        const parent = Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[1]);
-        const command = fs.readFileSync(`/proc/${name}/cmdline`, 'utf8').replaceAll('\0', ' ');
-        return [{ pid: Number(name), parent, command }];
-      } catch {
-        // It has ended since.
-        return [];
-      }
-    });
-}
-
-/** Processes below this one, however deep. */
-function descendants(pid: number): { pid: number; command: string }[] {
-  const all = processes();
-  const below = (parent: number): typeof all =>
-    all.filter((each) => each.parent === parent).flatMap((child) => [child, ...below(child.pid)]);
-  return below(pid);
+  const up = await startUp(stateDir);
+  running.push(up.process);
+  return { ...up, stateDir };
 }
 
 const isAlive = (pid: number): boolean => {
@@ -117,7 +72,7 @@ void test('up --ask --once prints the address and an answer, and ends with nothi
 });
 
 void test('a second up on the same folder, or the same port, is refused in one line', async () => {
-  const up = await startUp('second');
+  const up = await startNamed('second');
   const again = await runCli(['up', '--port', '0', '--state-dir', up.stateDir]);
   assert.equal(again.code, 2);
   assert.match(again.stderr, /^caravan: --state-dir .*: another caravan up uses it; .*\n$/m);
@@ -140,7 +95,7 @@ void test('a second up on the same folder, or the same port, is refused in one l
 });
 
 void test('the first Ctrl-C lets a running answer end; then all processes are gone', async () => {
-  const up = await startUp('drain');
+  const up = await startNamed('drain');
   const pids = descendants(up.process.pid!).map(({ pid }) => pid);
   assert.ok(pids.length >= 5, 'redis and its guard, two ranks, coordinator, gateway');
   const response = await ask(up.url, { max_tokens: 300, stream: true });
@@ -160,7 +115,7 @@ void test('the first Ctrl-C lets a running answer end; then all processes are go
 });
 
 void test('kill -9 of up leaves no process behind', async () => {
-  const up = await startUp('killed');
+  const up = await startNamed('killed');
   const pids = descendants(up.process.pid!).map(({ pid }) => pid);
   up.process.kill('SIGKILL');
   await once(up.process, 'exit');
@@ -168,7 +123,7 @@ void test('kill -9 of up leaves no process behind', async () => {
 });
 
 void test('a rank that is killed comes back, and the answer under way is whole', async () => {
-  const up = await startUp('rank');
+  const up = await startNamed('rank');
   const undisturbed = (await (await ask(up.url, { max_tokens: 400 })).json()) as {
     choices: { text: string }[];
   };
