@@ -37,6 +37,7 @@ export class JobRunner {
   readonly #log: RunnerLog;
   readonly #running = new Map<string, RunningJob>();
   readonly #changed = new Bell();
+  #isReadingFlags = false;
 
   constructor(engine: Engine, journal: Journal, taker: JobTaker, engineId: string, log: RunnerLog) {
     this.#engine = engine;
@@ -59,21 +60,23 @@ export class JobRunner {
       this.#changed.ring();
     };
     const giveBackAll = (): void => {
-      for (const job of this.#running.values()) job.giveBack();
+      for (const job of this.#running.values()) job.stop();
       wake();
     };
     draining.addEventListener('abort', wake);
     stopping.addEventListener('abort', giveBackAll);
     const unlisten = this.#journal.onCancel((id) => void this.#cancel(id));
     const poll = setInterval(() => void this.#cancel(''), CANCEL_POLL_MS);
+    // One signal for all takes: a signal made of others lives as long as they do.
+    const over = AbortSignal.any([draining, stopping]);
+    const isOver = (): boolean => over.aborted;
     try {
-      const isOver = (): boolean => draining.aborted || stopping.aborted;
       while (!isOver()) {
         if (this.#engine.freeSlotCount === 0) {
           await this.#changed.wait(CANCEL_POLL_MS);
           continue;
         }
-        const taken = await this.#taker.take(AbortSignal.any([draining, stopping]));
+        const taken = await this.#taker.take(over);
         if (taken !== null) await this.#start(taken);
       }
       if (stopping.aborted) giveBackAll();
@@ -128,10 +131,14 @@ export class JobRunner {
       this.#running.get(id)?.cancel();
       return;
     }
+    // While Redis is away one reading waits for it, not one for every tick.
+    if (this.#isReadingFlags) return;
+    this.#isReadingFlags = true;
     for (const [jobId, job] of this.#running) {
       const isRequested = await this.#journal.isCancelRequested(jobId).catch(() => false);
       if (isRequested) job.cancel();
     }
+    this.#isReadingFlags = false;
   }
 }
 
@@ -228,8 +235,21 @@ class RunningJob {
     });
   }
 
+  /** The engine stops: the job goes back, and what is being written gets a last moment. */
+  stop(): void {
+    this.giveBack();
+    const timer = setTimeout(() => {
+      this.#writer.stop();
+      this.#resolve('left to its lock');
+    }, GIVE_BACK_TIMEOUT_MS);
+    void this.done.then(() => {
+      clearTimeout(timer);
+    });
+  }
+
   /** Another take has the job: nothing of it is ours any more. */
   abandon(): void {
+    this.#taken.drop();
     if (!this.#isFirst()) return;
     this.#writer.stop();
     this.#resolve('abandoned');
@@ -254,6 +274,7 @@ class RunningJob {
     void (async () => {
       const isOurs = await this.#writer.end(ending, heldText);
       if (isOurs) await this.#taken.finish(ending.status === 'failed');
+      else this.#taken.drop();
       this.#resolve(isOurs ? ending.status : 'abandoned');
     })();
   }

@@ -8,6 +8,8 @@
  * Every take of a job raises its fence: to the time in microseconds, so that no number is handed out
  * twice, even when Redis came back without its last second. A script that brings a lower fence than the
  * stored one is `stale` and changes nothing; a higher one is stored, should Redis have lost the take.
+ * Redis may even have lost the job, if it was killed in the job's first second: the engine that runs it is
+ * told that it is `missing`, and writes it down anew.
  */
 
 /** KEYS job; ARGV model, request, terms, createdMs. @returns 1, or 0 when the job exists. */
@@ -31,7 +33,7 @@ return {'taken', fence, redis.call('HGET', KEYS[1], 'cancel') or '0',
   redis.call('HGET', KEYS[1], 'request'), redis.call('HGET', KEYS[1], 'terms')}`;
 
 const fenced = `
-if redis.call('HEXISTS', KEYS[1], 'status') == 0 then return {'stale'} end
+if redis.call('HEXISTS', KEYS[1], 'status') == 0 then return {'missing'} end
 local stored = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
 if tonumber(ARGV[1]) < stored then return {'stale'} end
 if tonumber(ARGV[1]) > stored then redis.call('HSET', KEYS[1], 'fence', ARGV[1]) end`;
@@ -43,11 +45,13 @@ if last[1] then offset = tonumber(string.match(last[1][1], '^%d+')) end`;
 
 /**
  * KEYS job, stream; ARGV fence, start, count, tokens, texts, channel.
- * @returns {stale}, or {offset, where the stream ends} when that is not start, or {appended}.
+ * @returns {stale}, {missing}, or {offset, where the stream ends} when that is not start, or {appended}.
+ * A take that Redis lost (the stored fence is lower) is stale too when another engine has written since.
  */
 export const appendScript = `${fenced}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
 ${endOffset}
+if stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2]) then return {'stale'} end
 if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
 redis.call('XADD', KEYS[2], (offset + tonumber(ARGV[3])) .. '-0', 'tokens', ARGV[4], 'texts', ARGV[5])
 redis.call('PUBLISH', ARGV[6], '')
@@ -55,12 +59,13 @@ return {'appended'}`;
 
 /**
  * KEYS job, stream; ARGV fence, tokens, status, ending, held-back text, retention in seconds, channel.
- * @returns {stale}, {already}, {offset, where the stream ends} or {ended}.
+ * @returns {stale}, {missing}, {already}, {offset, where the stream ends} or {ended}.
  */
 export const endScript = `
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'already'} end
 ${fenced}
 ${endOffset}
+if stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2]) then return {'stale'} end
 if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
 redis.call('XADD', KEYS[2], offset .. '-1', 'ending', ARGV[4], 'text', ARGV[5])
 redis.call('HSET', KEYS[1], 'status', ARGV[3], 'ending', ARGV[4])
@@ -69,7 +74,14 @@ redis.call('EXPIRE', KEYS[2], ARGV[6])
 redis.call('PUBLISH', ARGV[7], '')
 return {'ended'}`;
 
-/** KEYS job; ARGV fence. Gives the job back: nobody holds it. @returns {stale} or {released}. */
+/** KEYS job; ARGV model, request, terms, createdMs, fence. Writes down a job that Redis lost. */
+export const restoreScript = `
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'version', '1', 'status', 'active', 'model', ARGV[1], 'request', ARGV[2],
+  'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', ARGV[5])
+return 1`;
+
+/** KEYS job; ARGV fence. Gives the job back: nobody holds it. @returns {stale}, {missing} or {released}. */
 export const releaseScript = `${fenced}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 0 then redis.call('HSET', KEYS[1], 'status', 'waiting') end
 return {'released'}`;

@@ -62,9 +62,10 @@ export class JournalWriter {
         this.#journal.end(this.#take, this.#tokenIds.length, ending, heldText),
       );
       if (outcome === null || outcome.kind === 'stale') return false;
-      if (outcome.kind !== 'offset') return true;
+      if (outcome.kind === 'missing') await this.#attempt(() => this.#journal.restore(this.#take));
       // Redis came back without its last second: the missing tokens are written again.
-      this.#written = outcome.offset;
+      else if (outcome.kind === 'offset') this.#written = outcome.offset;
+      else return true;
     }
   }
 
@@ -82,6 +83,9 @@ export class JournalWriter {
   #flush(): Promise<void> {
     this.#flushing ??= this.#writeAll().finally(() => {
       this.#flushing = null;
+      // A token may have come between the last look and now.
+      const hasMore = this.#written < this.#tokenIds.length;
+      if (hasMore && !this.#isStale && !this.#isStopped) void this.#flush();
     });
     return this.#flushing;
   }
@@ -102,6 +106,8 @@ export class JournalWriter {
       if (outcome.kind === 'stale') {
         this.#isStale = true;
         this.#onStale();
+      } else if (outcome.kind === 'missing') {
+        await this.#attempt(() => this.#journal.restore(this.#take));
       } else {
         this.#written = outcome.kind === 'offset' ? outcome.offset : end;
       }

@@ -12,6 +12,7 @@ import {
   createScript,
   endScript,
   releaseScript,
+  restoreScript,
   takeScript,
 } from './journal-scripts.js';
 import type { Ending, JobTerms, Request } from './request.js';
@@ -61,13 +62,15 @@ export interface Take {
 
 /** What an append or an end came to. */
 export type Written =
-  | { readonly kind: 'written' | 'already' | 'stale' }
+  | { readonly kind: 'written' | 'already' | 'stale' | 'missing' }
   | { readonly kind: 'offset'; readonly offset: number };
 
 /** How long a job that has ended is kept. */
 const RETENTION_S = 24 * 3600;
 /** A reader looks at the stream this often even when nobody wakes it. */
 const POLL_MS = 1000;
+/** A job that Redis has not known for this long will not be written down anew by an engine. */
+const FORGOTTEN_AFTER_MS = 10_000;
 const CANCEL_CHANNEL = 'caravan:cancel';
 
 /** A new name for a job: 128 random bits. */
@@ -105,8 +108,13 @@ export class Journal {
     onError?: (error: Error) => void,
   ): Promise<Journal> {
     const redis = await connectRedis(url, patience, onError);
-    const subscriber = await connectRedis(url, 'patient', onError);
-    return new Journal(url, redis, subscriber);
+    try {
+      const subscriber = await connectRedis(url, 'patient', onError);
+      return new Journal(url, redis, subscriber);
+    } catch (error) {
+      redis.disconnect();
+      throw error;
+    }
   }
 
   /** Writes down a new job. @throws CaravanError `redis_unavailable`. */
@@ -174,9 +182,9 @@ export class Journal {
       tokenIds.join(','),
       JSON.stringify(texts),
       channelOf(id),
-    )) as ['stale' | 'offset' | 'appended', number];
+    )) as ['stale' | 'missing' | 'offset' | 'appended', number];
     if (kind === 'offset') return { kind, offset };
-    return { kind: kind === 'stale' ? 'stale' : 'written' };
+    return { kind: kind === 'appended' ? 'written' : kind };
   }
 
   /** Writes the ending of a job with `count` tokens, once. */
@@ -198,9 +206,15 @@ export class Journal {
       heldText,
       RETENTION_S,
       channelOf(id),
-    )) as ['stale' | 'already' | 'offset' | 'ended', number];
+    )) as ['stale' | 'missing' | 'already' | 'offset' | 'ended', number];
     if (kind === 'offset') return { kind, offset };
     return { kind: kind === 'ended' ? 'written' : kind };
+  }
+
+  /** Writes down again a job that this engine runs and Redis, killed, has lost. */
+  async restore({ id, fence, request, terms }: Take): Promise<void> {
+    const args = [request.model, JSON.stringify(request), JSON.stringify(terms), Date.now(), fence];
+    await this.#redis.eval(restoreScript, 1, jobKey(id), ...args);
   }
 
   /** Gives a job back, unended, for the next take. */
@@ -251,7 +265,8 @@ export class Journal {
   /**
    * Follows a sequence from its first `offset` tokens to its end, over restarts of engines and of Redis.
    *
-   * @throws CaravanError `not_found` for an unknown job, or the signal's reason.
+   * @throws CaravanError `not_found` for an unknown job, `redis_unavailable` for one that Redis has lost, or
+   *   the signal's reason.
    */
   async *read(
     id: string,
@@ -267,13 +282,17 @@ export class Journal {
     const stop = this.#listen(channelOf(id), ring);
     signal.addEventListener('abort', ring);
     try {
+      let lastKnownMs = performance.now();
       for (let at = offset; ;) {
         signal.throwIfAborted();
-        for (const entry of await this.#entriesOrNone(id, index, at)) {
+        const entries = await this.#entriesOrNone(id, index, at);
+        for (const entry of entries) {
           yield entry;
           if (entry.kind === 'end') return;
           at = entry.endOffset;
         }
+        if (entries.length > 0 || !(await this.#isForgotten(id))) lastKnownMs = performance.now();
+        else if (performance.now() - lastKnownMs > FORGOTTEN_AFTER_MS) throw lostJob(id);
         await bell.wait(POLL_MS);
       }
     } finally {
@@ -294,6 +313,15 @@ export class Journal {
     } catch (error) {
       if (error instanceof CaravanError && error.code === 'redis_unavailable') return [];
       throw error;
+    }
+  }
+
+  /** True when Redis answers that there is no such job. */
+  async #isForgotten(id: string): Promise<boolean> {
+    try {
+      return (await this.#redis.exists(jobKey(id))) === 0;
+    } catch {
+      return false;
     }
   }
 
@@ -325,6 +353,12 @@ export class Journal {
 
 const unknownJob = (id: string): CaravanError =>
   new CaravanError('not_found', `job ${id} is not known (jobs are kept for a day after their end)`);
+
+const lostJob = (id: string): CaravanError =>
+  new CaravanError(
+    'redis_unavailable',
+    `Redis lost job ${id}: it was killed before the job was on its disk; submit the job again`,
+  );
 
 /** Tokens before `offset` are left out: after a loss, an entry may cover more than it once did. */
 function parseEntry(entryId: string, fields: readonly string[], offset: number): JournalEntry {

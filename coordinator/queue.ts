@@ -38,7 +38,8 @@ const connectionOf = (url: string, patience: Patience) => {
   const { hostname, port, username, password, pathname, protocol } = new URL(url);
   return {
     ...redisOptions(patience),
-    host: hostname || '127.0.0.1',
+    // The URL class keeps the brackets of an IPv6 address.
+    host: hostname.replace(/^\[|\]$/g, '') || '127.0.0.1',
     port: port === '' ? 6379 : Number(port),
     ...(username === '' ? {} : { username: decodeURIComponent(username) }),
     ...(password === '' ? {} : { password: decodeURIComponent(password) }),
@@ -134,17 +135,26 @@ export interface TakenJob {
   finish(isFailed: boolean): Promise<void>;
   /** Back to the queue, for any engine. */
   giveBack(): Promise<void>;
+  /** Another engine has it, or soon will: its lock is not renewed any more. */
+  drop(): void;
 }
 
 /** Resolves a while after the signal aborts: a fetch that Redis never answers must not be waited for. */
-function graceAfter(signal: AbortSignal): Promise<'late'> {
-  return new Promise((resolve) => {
-    const onAbort = (): void => {
-      setTimeout(resolve, FETCH_GRACE_MS, 'late');
+function graceAfter(signal: AbortSignal): { late: Promise<'late'>; dispose: () => void } {
+  let timer: NodeJS.Timeout | undefined;
+  let onAbort = (): void => undefined;
+  const late = new Promise<'late'>((resolve) => {
+    onAbort = () => {
+      timer = setTimeout(resolve, FETCH_GRACE_MS, 'late');
     };
     if (signal.aborted) onAbort();
     else signal.addEventListener('abort', onAbort, { once: true });
   });
+  const dispose = (): void => {
+    clearTimeout(timer);
+    signal.removeEventListener('abort', onAbort);
+  };
+  return { late, dispose };
 }
 
 /** The side that works on jobs. Locks are renewed for as long as a job is held. */
@@ -153,6 +163,7 @@ export class JobTaker {
   readonly #held = new Map<string, string>();
   readonly #renewal: NodeJS.Timeout;
   readonly #onError: (error: Error) => void;
+  #isRenewing = false;
 
   constructor(url: string, model: string, onError: (error: Error) => void) {
     this.#onError = onError;
@@ -173,20 +184,22 @@ export class JobTaker {
   /** The next job, or null when the signal aborts first. */
   async take(signal: AbortSignal): Promise<TakenJob | null> {
     const isOver = (): boolean => signal.aborted;
-    const grace = graceAfter(signal);
     while (!isOver()) {
+      const { late, dispose } = graceAfter(signal);
       try {
         const token = randomUUID();
         const fetching = this.#fetch(token);
-        const taken = await Promise.race([fetching, grace]);
+        const taken = await Promise.race([fetching, late]);
         if (taken === undefined) continue;
         if (taken !== 'late' && !isOver()) return taken;
         // What the fetch brings after all goes back to the queue.
         const givingBack = fetching.then((job) => job?.giveBack()).catch(this.#onError);
-        if (taken !== 'late') await givingBack;
+        if (taken !== 'late') await Promise.race([givingBack, late]);
       } catch (error) {
         this.#onError(error as Error);
         await delay(ERROR_DELAY_MS);
+      } finally {
+        dispose();
       }
     }
     return null;
@@ -205,8 +218,11 @@ export class JobTaker {
   #hold(job: Job, token: string): TakenJob {
     const id = job.id!;
     this.#held.set(id, token);
-    const letGo = async (move: () => Promise<unknown>): Promise<void> => {
+    const drop = (): void => {
       if (this.#held.get(id) === token) this.#held.delete(id);
+    };
+    const letGo = async (move: () => Promise<unknown>): Promise<void> => {
+      drop();
       try {
         await move();
       } catch (error) {
@@ -223,15 +239,20 @@ export class JobTaker {
             : job.moveToCompleted({}, token, false),
         ),
       giveBack: () => letGo(() => job.moveToWait(token)),
+      drop,
     };
   }
 
   async #renew(): Promise<void> {
-    if (this.#held.size === 0) return;
+    // While Redis is away one renewal waits for it, not one for every tick.
+    if (this.#held.size === 0 || this.#isRenewing) return;
+    this.#isRenewing = true;
     try {
       await this.#worker.extendJobLocks([...this.#held.keys()], [...this.#held.values()], LOCK_MS);
     } catch (error) {
       this.#onError(error as Error);
+    } finally {
+      this.#isRenewing = false;
     }
   }
 }
