@@ -100,13 +100,16 @@ class Answer {
     this.#startMs = startMs;
     const left = new AbortController();
     this.#signal = AbortSignal.any([left.signal, routes.stopping]);
-    reply.raw.once('close', () => {
+    const onClose = (): void => {
       // Closed after the last byte is the normal end; closed because we stop is not the client's wish.
       if (reply.raw.writableFinished || routes.stopping.aborted) return;
       left.abort(new CaravanError('cancelled', 'the client left'));
       // The job's own ending may have come first; then there is nothing to cancel.
       if (isOwner) routes.answers.cancel(head.jobId, head.model).catch(() => undefined);
-    });
+    };
+    // A client may have left while its job was being queued.
+    if (reply.raw.destroyed) onClose();
+    else reply.raw.once('close', onClose);
   }
 
   /** Waits for the end. @throws CaravanError for a job that did not complete. */

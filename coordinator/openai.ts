@@ -42,7 +42,11 @@ const common = {
   top_p: maybe(z.number().gt(0).max(1)),
   top_k: maybe(z.number().int().min(0)),
   seed: maybe(z.number().int()),
-  stop: maybe(z.union([stopText, z.array(stopText).max(MAX_STOPS)])),
+  stop: maybe(
+    z.union([stopText, z.array(stopText).max(MAX_STOPS)], {
+      error: `must be a text, or at most ${MAX_STOPS}, of 1 to ${MAX_STOP_CHARACTERS} characters each`,
+    }),
+  ),
   ignore_eos: maybe(z.boolean()),
   n: maybe(z.number().int().min(1)),
   user: maybe(z.string()),
@@ -55,7 +59,14 @@ const textPart = z.object({ type: z.literal('text'), text: z.string() });
 const chatBody = z.object({
   ...common,
   messages: z
-    .array(z.object({ role: z.string(), content: z.union([z.string(), z.array(textPart).min(1)]) }))
+    .array(
+      z.object({
+        role: z.string(),
+        content: z.union([z.string(), z.array(textPart).min(1)], {
+          error: 'must be a string, or an array of parts of type text',
+        }),
+      }),
+    )
     .min(1),
   max_completion_tokens: maybe(z.number().int().min(1)),
 });
@@ -63,11 +74,10 @@ const chatBody = z.object({
 const completionBody = z.object({
   ...common,
   prompt: maybe(
-    z.union([
-      z.string(),
-      z.array(z.string()).length(1),
-      z.array(z.number().int().nonnegative()).min(1),
-    ]),
+    z.union(
+      [z.string(), z.array(z.string()).length(1), z.array(z.number().int().nonnegative()).min(1)],
+      { error: 'must be a string, an array with one string, or an array of token ids' },
+    ),
   ),
 });
 
