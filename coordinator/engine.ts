@@ -82,7 +82,7 @@ export interface StepFigures {
 }
 
 /** A first guess until steps have been measured. */
-const FIRST_TOKEN_BUDGET = 64;
+const FIRST_TOKEN_BUDGET = 32;
 
 export class RankEngine implements Engine {
   readonly #ranks: Ranks;

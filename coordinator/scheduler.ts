@@ -56,8 +56,8 @@ function chunkOf(prefillLeft: number, most: number, maxChunkTokens: number): num
   return count < 2 ? 0 : count;
 }
 
-/** A step should not keep a rank from serving the network for longer than this. */
-const STRETCH_LIMIT_US = 40_000;
+/** A step should not keep a rank from serving the network for longer than this: half of what is promised. */
+const STRETCH_LIMIT_US = 25_000;
 const MIN_TOKEN_BUDGET = 16;
 
 /**
