@@ -69,17 +69,24 @@ export async function runCoordinator(
   let isReady = false;
   const startMs = performance.now();
   try {
-    const isOver = (): boolean => draining.aborted || stopping.aborted;
+    const over = AbortSignal.any([draining, stopping]);
+    const isOver = (): boolean => over.aborted;
     for (let retryMs = FIRST_RETRY_MS; !isOver();) {
       try {
         const ranks = await Ranks.connect(options.ranks, spec, {
-          signal: AbortSignal.any([draining, stopping]),
+          signal: over,
           onProgress: (rank, progress) => {
             log.debug({ rank, ...progress }, 'loading');
           },
         });
         retryMs = FIRST_RETRY_MS;
-        await store.publishCard(card);
+        try {
+          await orAborted(store.publishCard(card), over);
+        } catch (error) {
+          // Ranks that are held serve nobody else, the next attempt included.
+          ranks.close();
+          throw error;
+        }
         if (!isReady) options.onReady(card);
         isReady = true;
         log.info({ model: card.name, tp: options.ranks.length, engine: engineId }, 'serving');
@@ -96,7 +103,7 @@ export async function runCoordinator(
         const isTooLate = !isReady && performance.now() - startMs > FIRST_GROUP_TIMEOUT_MS;
         if (isFinal(error) || isTooLate) throw error;
         log.warn({ code: error.code, retryMs }, error.message);
-        await delay(retryMs);
+        await orAborted(delay(retryMs), over).catch(() => undefined);
         retryMs = Math.min(2 * retryMs, MAX_RETRY_MS);
       }
     }
@@ -105,6 +112,20 @@ export async function runCoordinator(
     journal.close();
     store.close();
   }
+}
+
+/** Waits, but not once the signal aborts: Redis may be away for long. @throws the signal's reason. */
+function orAborted<T>(waiting: Promise<T>, signal: AbortSignal): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const onAbort = (): void => {
+      reject(toCaravanError(signal.reason, 'cancelled'));
+    };
+    if (signal.aborted) onAbort();
+    signal.addEventListener('abort', onAbort);
+    waiting.then(resolve, reject).finally(() => {
+      signal.removeEventListener('abort', onAbort);
+    });
+  });
 }
 
 /** One group, until it drains, stops or loses a rank. */
