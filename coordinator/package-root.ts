@@ -32,9 +32,3 @@ export function packageVersion(): string {
 
 /** The name of the model that comes with the package, as `--model` takes it. */
 export const EMBEDDED_MODEL = 'caravan-tiny';
-
-/** The path behind a `--model` value: the embedded model by its name, else the value itself. */
-export function resolveModel(model: string): string {
-  if (model !== EMBEDDED_MODEL || existsSync(model)) return path.resolve(model);
-  return path.join(packageRoot, 'model', EMBEDDED_MODEL);
-}
