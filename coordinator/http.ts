@@ -1,4 +1,6 @@
 /** The HTTP front: routes, errors in OpenAI's shape, health, metrics and the status page. */
+import type { IncomingMessage } from 'node:http';
+import type { Socket } from 'node:net';
 import Fastify, { type FastifyInstance } from 'fastify';
 import type { Logger } from 'pino';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
@@ -23,6 +25,7 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
     forceCloseConnections: 'idle',
     return503OnClosing: true,
   });
+  closeSilentConnections(app);
   // Clients that forget the content type mean JSON.
   app.removeAllContentTypeParsers();
   app.addContentTypeParser('*', { parseAs: 'string' }, (_request, text, done) => {
@@ -43,9 +46,13 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   app.setNotFoundHandler((request) => {
     throw new CaravanError('not_found', `there is no ${request.method} ${request.url}`);
   });
-  app.addHook('onResponse', (request, reply, done) => {
+  // Also hears of answers that their clients did not wait for: Fastify's onResponse does not.
+  app.addHook('onRequest', (request, { raw }, done) => {
     const route = request.routeOptions.url ?? 'none';
-    routes.metrics.requests.inc({ route, status: reply.raw.statusCode });
+    raw.once('close', () => {
+      const status = raw.headersSent ? raw.statusCode : errorTable.cancelled.http;
+      routes.metrics.requests.inc({ route, status });
+    });
     done();
   });
 
@@ -61,6 +68,25 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
     return statusPage(cards, engines, counts);
   });
   return app;
+}
+
+/**
+ * Closes, when the server closes, connections on which nothing was asked yet (browsers open them ahead of need):
+ * Node counts only those as idle that have had an answer, and would wait a minute for the others.
+ */
+function closeSilentConnections(app: FastifyInstance): void {
+  const silent = new Set<Socket>();
+  app.server.on('connection', (socket: Socket) => {
+    silent.add(socket);
+    socket.once('close', () => silent.delete(socket));
+  });
+  app.server.on('request', ({ socket }: IncomingMessage) => {
+    silent.delete(socket);
+  });
+  app.addHook('preClose', (done) => {
+    for (const socket of silent) socket.destroy();
+    done();
+  });
 }
 
 function addModelRoutes(app: FastifyInstance, { models }: HttpRoutes): void {
