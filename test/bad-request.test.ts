@@ -1,0 +1,241 @@
+/**
+ * What the gateway answers to bad requests and in bad times: OpenAI's error body with field, rule and value, the
+ * right status, in time, and nothing left in the queue. Also its health, its models and its end.
+ */
+import assert from 'node:assert/strict';
+import net from 'node:net';
+import { after, test } from 'node:test';
+import { startGateway } from './gateway.js';
+
+const gateway = await startGateway();
+after(() => gateway.stop());
+const { store, card } = gateway;
+
+const user = [{ role: 'user', content: 'Hi' }];
+
+interface Refusal {
+  readonly error: {
+    readonly message: string;
+    readonly type: string;
+    readonly param: string | null;
+    readonly code: string;
+  };
+}
+
+const refusalOf = async (response: Response): Promise<Refusal['error']> =>
+  ((await response.json()) as Refusal).error;
+
+type Case = readonly [fields: object, param: string | null, message: RegExp];
+
+const chats: readonly Case[] = [
+  [{}, 'messages', /^messages: /],
+  [{ messages: [] }, 'messages', /^messages: /],
+  [{ messages: 'Hi' }, 'messages', /^messages: .*array/],
+  [{ messages: [{ role: 'user', content: 7 }] }, 'messages.0.content', /must be a string/],
+  [
+    { messages: [{ role: 'user', content: [{ type: 'image_url', image_url: {} }] }] },
+    'messages.0.content',
+    /parts of type text/,
+  ],
+  [{ messages: [{ role: 'assistant', content: 'Hi' }] }, 'messages', /roles, starting with/],
+  [
+    { messages: [...user, { role: 'assistant', content: 'Hi' }] },
+    'messages',
+    /Last message must be from user, got assistant/,
+  ],
+  [{ messages: [{ role: 'user', content: '[INST]' }] }, 'messages', /special tags are not allowed/],
+  [{ messages: user, temperature: 2.5 }, 'temperature', /<=2/],
+  [{ messages: user, temperature: 'hot' }, 'temperature', /expected number/],
+  [{ messages: user, top_p: 0 }, 'top_p', />0/],
+  [{ messages: user, top_k: -1 }, 'top_k', />=0/],
+  [{ messages: user, max_tokens: 0 }, 'max_tokens', />=1/],
+  [{ messages: user, max_completion_tokens: 1.5 }, 'max_completion_tokens', /int/],
+  [{ messages: user, seed: 2 ** 60 }, 'seed', /seed/],
+  [{ messages: user, stop: Array(17).fill('a') }, 'stop', /at most 16/],
+  [{ messages: user, stop: '' }, 'stop', />=1 characters/],
+  [{ messages: user, stream: 'yes' }, 'stream', /boolean/],
+  [{ messages: user, priority: 0 }, 'priority', />=1/],
+  [{ messages: user, deadline_s: 0 }, 'deadline_s', />0/],
+  [{ messages: user, model: 7 }, 'model', /must be a string/],
+  [{ messages: user, n: 2 }, 'n', /2 is not supported/],
+  [{ messages: user, logprobs: true }, 'logprobs', /not supported/],
+  [{ messages: user, tools: [{ type: 'function' }] }, 'tools', /not supported/],
+  [{ messages: user, functions: [{ name: 'f' }] }, 'functions', /not supported/],
+  [{ messages: user, response_format: { type: 'json_object' } }, 'response_format', /json_object/],
+  [{ messages: user, logit_bias: { 5: 1 } }, 'logit_bias', /not supported/],
+  [{ messages: user, presence_penalty: 0.5 }, 'presence_penalty', /0.5 is not supported/],
+  [{ messages: user, frequency_penalty: -1 }, 'frequency_penalty', /not supported/],
+];
+
+const completions: readonly Case[] = [
+  [{ prompt: ['a', 'b'] }, 'prompt', /an array with one string/],
+  [{ prompt: [] }, 'prompt', /must be a string/],
+  [{ prompt: [1, -3] }, 'prompt.1', />=0/],
+  [{ prompt: [1, 1_000_000] }, 'prompt', /token id 1000000 is not below the vocabulary's \d+/],
+  [{ prompt: 'a', echo: true }, 'echo', /not supported/],
+  [{ prompt: 'a', suffix: 'b' }, 'suffix', /not supported/],
+  [{ prompt: 'a', best_of: 3 }, 'best_of', /not supported/],
+  [{ prompt: 'a', logprobs: 0 }, 'logprobs', /not supported/],
+];
+
+void test('each bad field is a 400 that names it, and nothing is queued', async () => {
+  for (const [route, cases] of [
+    ['/v1/chat/completions', chats],
+    ['/v1/completions', completions],
+  ] as const) {
+    for (const [body, param, message] of cases) {
+      const response = await gateway.post(route, body);
+      const error = await refusalOf(response);
+      const shown = JSON.stringify({ body, error });
+      assert.equal(response.status, 400, shown);
+      assert.equal(error.type, 'invalid_request_error', shown);
+      assert.equal(error.code, 'invalid_request', shown);
+      assert.equal(error.param, param, shown);
+      assert.match(error.message, message, shown);
+    }
+  }
+  assert.deepEqual(await gateway.jobIds(), []);
+});
+
+void test('a body that is no object, or no JSON, is a 400; one that is too large a 413', async () => {
+  const route = `${gateway.url}/v1/chat/completions`;
+  const bodies = ['', '{"a":', '[]', '"text"', 'null', '{"messages":[{]}'];
+  for (const body of bodies) {
+    const response = await fetch(route, { method: 'POST', body });
+    assert.equal(response.status, 400, body);
+    assert.equal((await refusalOf(response)).code, 'invalid_request');
+  }
+  const large = await fetch(route, { method: 'POST', body: 'x'.repeat(16 * 1024 * 1024 + 1) });
+  assert.equal(large.status, 413);
+  assert.match((await refusalOf(large)).message, /16777216 bytes/);
+});
+
+void test('a prompt that leaves no room names the limit and the value', async () => {
+  const long = await gateway.post('/v1/completions', { prompt: Array(512).fill(5) });
+  assert.equal(long.status, 400);
+  const error = await refusalOf(long);
+  assert.equal(error.code, 'context_length_exceeded');
+  assert.equal(error.param, 'prompt');
+  assert.match(error.message, /512 tokens.*context of 512/);
+});
+
+void test('unknown routes, models and jobs are a 404 in the same shape', async () => {
+  const asked = [
+    fetch(`${gateway.url}/v2/anything`),
+    fetch(`${gateway.url}/v1/models/nobody`),
+    fetch(`${gateway.url}/v1/jobs/job_none/events`),
+    gateway.post('/v1/chat/completions', { model: 'nobody', messages: user }),
+  ];
+  for (const response of await Promise.all(asked)) {
+    assert.equal(response.status, 404, response.url);
+    assert.equal((await refusalOf(response)).code, 'not_found');
+  }
+});
+
+void test('fields that ask for nothing, and unknown ones, are let pass', async () => {
+  const leaving = new AbortController();
+  const body = {
+    messages: user,
+    stream: true,
+    n: 1,
+    logprobs: false,
+    tools: [],
+    tool_choice: 'auto',
+    response_format: { type: 'text' },
+    logit_bias: {},
+    presence_penalty: 0,
+    stop: null,
+    user: 'somebody',
+    metadata: { anything: 1 },
+  };
+  const response = await gateway.post('/v1/chat/completions', body, leaving.signal);
+  assert.equal(response.status, 200);
+  const id = response.headers.get('x-caravan-job')!;
+  const job = await gateway.journal.job(id);
+  // What was left out comes from the card, the context and chance.
+  const { sampling, maxTokens, promptTokenIds, isTextStart } = job!.request;
+  assert.equal(sampling.temperature, 0.6);
+  assert.equal(sampling.topP, 0.9);
+  assert.ok(Number.isSafeInteger(sampling.seed));
+  assert.equal(maxTokens, card.maxSeqLen - promptTokenIds.length);
+  assert.equal(isTextStart, true);
+  leaving.abort();
+  for await (const entry of gateway.journal.read(id, 0, 0, AbortSignal.timeout(30_000))) {
+    assert.equal(entry.kind, 'end');
+  }
+});
+
+void test('models, health and metrics', async () => {
+  const models = (await (await fetch(`${gateway.url}/v1/models`)).json()) as {
+    data: { id: string; created: number }[];
+  };
+  assert.deepEqual(
+    models.data.map(({ id, created }) => [id, created]),
+    [[card.name, card.createdS]],
+  );
+  assert.equal((await fetch(`${gateway.url}/v1/models/${card.name}`)).status, 200);
+  assert.equal((await fetch(`${gateway.url}/livez`)).status, 200);
+  const unready = await fetch(`${gateway.url}/readyz`);
+  assert.equal(unready.status, 503);
+  assert.equal((await refusalOf(unready)).code, 'engine_unavailable');
+  await store.beat({ model: card.name, engineId: 'e<1>', active: 1, slots: 4, tp: 2 });
+  assert.equal((await fetch(`${gateway.url}/readyz`)).status, 200);
+
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
+  assert.match(metrics, /^caravan_http_requests_total\{route="\/readyz",status="503"\} 1$/m);
+  assert.match(
+    metrics,
+    /^caravan_http_requests_total\{route="\/v1\/chat\/completions",status="200"\} 1$/m,
+  );
+  assert.match(metrics, /^caravan_engines\{model="caravan-tiny"\} 1$/m);
+  assert.match(metrics, /^caravan_queue_jobs\{model="caravan-tiny",state="waiting"\} \d+$/m);
+
+  const page = await fetch(gateway.url);
+  assert.match(page.headers.get('content-type') ?? '', /^text\/html/);
+  const html = await page.text();
+  assert.match(html, /caravan-tiny/);
+  assert.ok(html.includes('e&#60;1&#62;'), 'names are escaped');
+  assert.ok(!/(src|href)=/.test(html), 'it needs nothing from elsewhere');
+});
+
+void test('while Redis is dead or deaf every route says so within three seconds', async () => {
+  const routes = ['/readyz', '/v1/models', '/metrics', '/'];
+  const askAll = async (): Promise<void> => {
+    const startMs = performance.now();
+    const answers = await Promise.all([
+      ...routes.map((route) => fetch(`${gateway.url}${route}`)),
+      gateway.post('/v1/chat/completions', { messages: user }),
+      gateway.post('/v1/completions', { prompt: 'a', stream: true }),
+    ]);
+    const wallMs = performance.now() - startMs;
+    for (const answer of answers) {
+      assert.equal(answer.status, 503, answer.url);
+      assert.equal((await refusalOf(answer)).code, 'redis_unavailable');
+    }
+    assert.ok(wallMs < 4_000, `it took ${wallMs.toFixed(0)} ms`);
+    assert.equal((await fetch(`${gateway.url}/livez`)).status, 200);
+  };
+  process.kill(gateway.redis.pid, 'SIGSTOP');
+  try {
+    await askAll();
+  } finally {
+    process.kill(gateway.redis.pid, 'SIGCONT');
+  }
+  await gateway.redis.kill('SIGTERM');
+  await askAll();
+  await gateway.redis.restart();
+  const giveUpMs = performance.now() + 10_000;
+  while ((await fetch(`${gateway.url}/v1/models`)).status !== 200) {
+    assert.ok(performance.now() < giveUpMs, 'it comes back by itself');
+  }
+});
+
+void test('a connection on which nothing was asked does not hold up the end', async () => {
+  const silent = net.connect(Number(new URL(gateway.url).port), '127.0.0.1');
+  await new Promise((resolve) => silent.once('connect', resolve));
+  assert.equal((await fetch(`${gateway.url}/livez`)).status, 200);
+  const startMs = performance.now();
+  await gateway.drain();
+  assert.ok(performance.now() - startMs < 10_000);
+  silent.destroy();
+});

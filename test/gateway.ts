@@ -1,0 +1,134 @@
+/**
+ * A gateway in the test's own process, over a real Redis, with the card of caravan-tiny and no engine: the test
+ * itself takes the jobs and writes their journals.
+ */
+import fs from 'node:fs';
+import { pino } from 'pino';
+import { runGateway } from '../coordinator/gateway.js';
+import { Journal, type Take } from '../coordinator/journal.js';
+import { readTokenizerFiles } from '../coordinator/model-tokenizer.js';
+import { JobQueue } from '../coordinator/queue.js';
+import type { ModelCard } from '../coordinator/request.js';
+import { Store } from '../coordinator/store.js';
+import { embeddedModelPath } from '../model/checkpoint.js';
+import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
+import { startRedis, type RedisServer } from './redis-server.js';
+
+export interface TestGateway {
+  readonly url: string;
+  readonly redis: RedisServer;
+  readonly store: Store;
+  readonly journal: Journal;
+  readonly card: ModelCard;
+  readonly tokenizer: Tokenizer;
+  /** POSTs a body as JSON. */
+  post(route: string, body: unknown, signal?: AbortSignal): Promise<Response>;
+  /** Takes the job as an engine does. */
+  take(jobId: string): Promise<Take>;
+  /** Jobs in the queue. */
+  jobIds(): Promise<string[]>;
+  /** A job that is in the queue and was not among these. */
+  nextJob(before: ReadonlySet<string>): Promise<string>;
+  /** Lets open answers end, as SIGTERM does. */
+  drain(): Promise<void>;
+  stop(): Promise<void>;
+}
+
+export async function startGateway(): Promise<TestGateway> {
+  const redis = await startRedis();
+  const store = await Store.open(redis.url, 'patient');
+  const journal = await Journal.open(redis.url, 'patient');
+  const files = readTokenizerFiles(embeddedModelPath());
+  const tokenizer = openTokenizer(files);
+  const card: ModelCard = {
+    version: 1,
+    name: 'caravan-tiny',
+    digest: '0'.repeat(64),
+    createdS: 1_700_000_000,
+    vocabSize: tokenizer.vocabSize,
+    maxSeqLen: 512,
+    maxBatchSize: 4,
+    bosTokenId: tokenizer.bosTokenId,
+    eosTokenIds: tokenizer.eosTokenIds,
+    tokenizerFiles: Object.fromEntries(
+      [...files].map(([name, bytes]) => [name, Buffer.from(bytes).toString('base64')]),
+    ),
+    defaults: { temperature: 0.6, topP: 0.9 },
+    isExact: true,
+  };
+  await store.publishCard(card);
+
+  const draining = new AbortController();
+  const stopping = new AbortController();
+  let ended: Promise<void> = Promise.resolve();
+  const url = await new Promise<string>((resolve, reject) => {
+    const options = { redisUrl: redis.url, host: '127.0.0.1', port: 0, onReady: resolve };
+    const log = pino({ level: 'silent' }, pino.destination(fs.openSync('/dev/null', 'w')));
+    ended = runGateway(options, draining.signal, stopping.signal, log);
+    ended.catch(reject);
+  });
+  const queue = new JobQueue(redis.url, card.name);
+  const jobIds = (): Promise<string[]> => queue.ids(1000);
+  const drain = async (): Promise<void> => {
+    draining.abort();
+    await ended;
+  };
+  return {
+    url,
+    redis,
+    store,
+    journal,
+    card,
+    tokenizer,
+    post: (route, body, signal) =>
+      fetch(`${url}${route}`, {
+        method: 'POST',
+        headers: { 'content-type': 'application/json' },
+        body: JSON.stringify(body),
+        ...(signal === undefined ? {} : { signal }),
+      }),
+    take: async (jobId) => {
+      const take = await journal.take(jobId, 'engine of the test');
+      if (take.kind !== 'taken') throw new Error(`${jobId} is ${take.kind}`);
+      return take;
+    },
+    jobIds,
+    nextJob: async (before) => {
+      const giveUpMs = performance.now() + 30_000;
+      for (;;) {
+        const id = (await jobIds()).find((each) => !before.has(each));
+        if (id !== undefined) return id;
+        if (performance.now() > giveUpMs) throw new Error('no job came');
+      }
+    },
+    drain,
+    stop: async () => {
+      stopping.abort();
+      await drain();
+      await queue.close();
+      journal.close();
+      store.close();
+      await redis.stop();
+    },
+  };
+}
+
+export interface SseEvent {
+  readonly id: string | null;
+  readonly data: string;
+}
+
+/** The events of a stream, as they come; comments are left out. */
+export async function* sseEvents(response: Response): AsyncGenerator<SseEvent> {
+  let pending = '';
+  for await (const text of response.body!.pipeThrough(
+    new TextDecoderStream('utf-8', { fatal: true }),
+  )) {
+    const events = `${pending}${text}`.split('\n\n');
+    pending = events.pop()!;
+    for (const event of events) {
+      const data = /^data: (.*)$/m.exec(event)?.[1];
+      if (data !== undefined) yield { id: /^id: (.*)$/m.exec(event)?.[1] ?? null, data };
+    }
+  }
+}
