@@ -16,7 +16,6 @@ import { RankEngine, type StepFigures } from './engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
 import { DEFAULT_MAX_STEP_ROWS, groupSpec, openChecked } from './local-group.js';
-import { readTokenizerFiles } from './model-tokenizer.js';
 import { JobTaker } from './queue.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
@@ -55,7 +54,7 @@ export async function runCoordinator(
 ): Promise<void> {
   const checkpoint = openChecked(options.model, options.ranks.length);
   const spec = groupSpec(checkpoint, { ...options, maxStepRows: DEFAULT_MAX_STEP_ROWS });
-  const files = readTokenizerFiles(checkpoint.path);
+  const files = checkpoint.readTokenizerFiles();
   const tokenizer = openTokenizer(files);
   checkVocabulary(checkpoint, tokenizer);
   const card = cardOf(checkpoint, spec, tokenizer, files, options);

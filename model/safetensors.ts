@@ -6,8 +6,8 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
-import type { StoredTensor } from './checkpoint.js';
-import { elementBytes, isElementFormat } from './elements.js';
+import { formatOf } from './formats.js';
+import type { StoredTensor } from './stored-tensor.js';
 
 const MAX_HEADER_BYTES = 100_000_000;
 
@@ -75,8 +75,9 @@ export function readSafetensorsHeader(file: string): SafetensorsHeader {
             `${fileBytes - dataStart} bytes of data: truncated?`,
         );
       }
-      if (isElementFormat(dtype)) {
-        const expected = shape.reduce((product, n) => product * n, elementBytes[dtype]);
+      const format = formatOf(dtype);
+      if (format !== undefined) {
+        const expected = shape.reduce((product, n) => product * n, format.blockBytes);
         if (expected !== byteCount) {
           fail(
             `${tensor}: ${dtype} of shape [${shape.join(', ')}] needs ${expected} bytes, has ${byteCount}`,

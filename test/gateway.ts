@@ -6,11 +6,10 @@ import fs from 'node:fs';
 import { pino } from 'pino';
 import { runGateway } from '../coordinator/gateway.js';
 import { Journal, type Take } from '../coordinator/journal.js';
-import { readTokenizerFiles } from '../coordinator/model-tokenizer.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { ModelCard } from '../coordinator/request.js';
 import { Store } from '../coordinator/store.js';
-import { embeddedModelPath } from '../model/checkpoint.js';
+import { embeddedModelPath, readFolderTokenizer } from '../model/checkpoint.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { startRedis, type RedisServer } from './redis-server.js';
 
@@ -38,7 +37,7 @@ export async function startGateway(): Promise<TestGateway> {
   const redis = await startRedis();
   const store = await Store.open(redis.url, 'patient');
   const journal = await Journal.open(redis.url, 'patient');
-  const files = readTokenizerFiles(embeddedModelPath());
+  const files = readFolderTokenizer(embeddedModelPath());
   const tokenizer = openTokenizer(files);
   const card: ModelCard = {
     version: 1,

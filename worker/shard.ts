@@ -1,7 +1,7 @@
 /**
  * A shard: one rank's slices of the model, as loaded sessions. It knows nothing of slots or steps.
  */
-import { SliceReader, type Checkpoint } from '../model/checkpoint.js';
+import type { Checkpoint } from '../model/checkpoint.js';
 import type { LlamaConfig } from '../model/config.js';
 import {
   listSlices,
@@ -10,6 +10,7 @@ import {
   type RankPlan,
   type TensorSlice,
 } from '../model/plan.js';
+import { SliceReader } from '../model/slice-reader.js';
 import { CaravanError } from '../proto/errors.js';
 import {
   attentionGraph,

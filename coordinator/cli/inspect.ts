@@ -11,6 +11,7 @@ import {
   type RankPlan,
 } from '../../model/plan.js';
 import type { Checkpoint } from '../../model/checkpoint.js';
+import { shapeOf } from '../../model/stored-tensor.js';
 import { groupSpec, DEFAULT_MAX_STEP_ROWS } from '../local-group.js';
 import { declareSettings } from './options.js';
 
@@ -57,8 +58,8 @@ function describe(checkpoint: Checkpoint, tp: number, maxSeqLen: number, maxBatc
     layout: checkpoint.layout,
     digest: checkpoint.digest,
     config,
-    formats: [...new Set(stored.map((tensor) => tensor.format))].sort(),
-    parameterCount: stored.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0),
+    formats: [...new Set(stored.flatMap(({ pieces }) => pieces.map((p) => p.format)))].sort(),
+    parameterCount: stored.reduce((sum, t) => sum + shapeOf(t).reduce((a, b) => a * b, 1), 0),
     weights: 'fp32',
     tp,
     legalTp: { least: 1, most: legalTps(config).length },
