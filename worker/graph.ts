@@ -13,6 +13,7 @@ import type { LlamaConfig } from '../model/config.js';
 import type { RankPlan } from '../model/plan.js';
 import {
   AttributeType,
+  DataLocation,
   ModelProto,
   type AttributeProto,
   type NodeProto,
@@ -59,7 +60,14 @@ class GraphBuilder {
 
   weights(name: string, values: Float32Array, shape: readonly number[]): string {
     const rawData = Buffer.from(values.buffer, values.byteOffset, values.byteLength);
-    this.#initializers.push({ name, dims: [...shape], dataType: elementType.float32, rawData });
+    this.#initializers.push({
+      name,
+      dims: [...shape],
+      dataType: elementType.float32,
+      rawData,
+      externalData: [],
+      dataLocation: DataLocation.DEFAULT,
+    });
     return name;
   }
 
@@ -70,6 +78,8 @@ class GraphBuilder {
       dims: [values.length],
       dataType: elementType.int64,
       rawData,
+      externalData: [],
+      dataLocation: DataLocation.DEFAULT,
     });
     return name;
   }
