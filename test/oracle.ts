@@ -128,12 +128,12 @@ export class Oracle {
 
   /** Rotary embedding of every head: channel i turns with channel i + headSize / 2. */
   #rotate(x: Float64Array, position: number): Float64Array {
-    const { headSize, ropeTheta } = this.config;
+    const { headSize } = this.config;
     const half = headSize / 2;
     const turned = new Float64Array(x.length);
     for (let start = 0; start < x.length; start += headSize) {
       for (let i = 0; i < half; i += 1) {
-        const angle = position * ropeTheta ** ((-2 * i) / headSize);
+        const angle = rotaryAngle(this.config, position, i);
         const a = x[start + i]!;
         const b = x[start + half + i]!;
         turned[start + i] = a * Math.cos(angle) - b * Math.sin(angle);
@@ -142,6 +142,32 @@ export class Oracle {
     }
     return turned;
   }
+}
+
+/**
+ * How far pair i of the token at a position is turned, as transformers writes it: inverse frequencies and wavelengths.
+ * Dynamic NTK takes the base of a sequence that ends with the token.
+ */
+function rotaryAngle(config: LlamaConfig, position: number, i: number): number {
+  const { headSize: dim, ropeScaling: scaling } = config;
+  let base = config.ropeTheta;
+  if (scaling?.kind === 'dynamic') {
+    const { factor, originalPositions: original } = scaling;
+    const length = Math.max(position + 1, original);
+    base *= ((factor * length) / original - (factor - 1)) ** (dim / (dim - 2));
+  }
+  const inverseFrequency = 1 / base ** ((2 * i) / dim);
+  if (scaling?.kind === 'linear') return position * (inverseFrequency / scaling.factor);
+  if (scaling?.kind === 'llama3') {
+    const { factor, lowFrequencyFactor: low, highFrequencyFactor: high } = scaling;
+    const original = scaling.originalPositions;
+    const wavelength = (2 * Math.PI) / inverseFrequency;
+    if (wavelength > original / low) return position * (inverseFrequency / factor);
+    if (wavelength < original / high) return position * inverseFrequency;
+    const smooth = (original / wavelength - low) / (high - low);
+    return position * ((1 - smooth) * (inverseFrequency / factor) + smooth * inverseFrequency);
+  }
+  return position * inverseFrequency;
 }
 
 /** Index of the largest; of equal ones the first. */

@@ -5,6 +5,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import type { LlamaConfig } from '../model/config.js';
+import type { RopeScaling } from '../model/rope-scaling.js';
 import { Random } from './random.js';
 
 export interface RandomCheckpoint {
@@ -71,12 +72,26 @@ const toHuggingFace = (config: LlamaConfig, format: RandomCheckpoint['format']) 
   max_position_embeddings: config.maxPositions,
   rms_norm_eps: config.normEps,
   rope_theta: config.ropeTheta,
+  ...(config.ropeScaling === undefined ? {} : { rope_scaling: scalingOf(config.ropeScaling) }),
   hidden_act: 'silu',
   tie_word_embeddings: config.isHeadTied,
   bos_token_id: 1,
   eos_token_id: 2,
   torch_dtype: { F32: 'float32', F16: 'float16', BF16: 'bfloat16' }[format],
 });
+
+/** In the spelling of transformers 4. */
+function scalingOf(scaling: RopeScaling): object {
+  const { kind, factor } = scaling;
+  if (kind === 'linear') return { type: kind, factor };
+  const original = { original_max_position_embeddings: scaling.originalPositions };
+  if (kind === 'dynamic') return { rope_type: kind, factor, ...original };
+  return {
+    ...{ rope_type: kind, factor, ...original },
+    low_freq_factor: scaling.lowFrequencyFactor,
+    high_freq_factor: scaling.highFrequencyFactor,
+  };
+}
 
 function planTensors(config: LlamaConfig): Plan[] {
   const { hiddenSize: hidden, ffnSize: ffn, vocabSize } = config;

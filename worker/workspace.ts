@@ -5,6 +5,7 @@
 import type { LlamaConfig } from '../model/config.js';
 import type { RankPlan } from '../model/plan.js';
 import type { Ort, Tensor, TensorArray } from './ort.js';
+import { rotaryTables } from './rotary.js';
 import { allocate } from './shard.js';
 import type { AttentionGroup } from './step-layout.js';
 
@@ -207,19 +208,4 @@ export class Workspace {
     this.cos.release();
     this.sin.release();
   }
-}
-
-/** cos and sin of position × theta^(-2 i / headSize), shape (rows, headSize / 2). */
-function rotaryTables(config: LlamaConfig, rows: number) {
-  const half = config.headSize / 2;
-  const cos = allocate(rows * half);
-  const sin = allocate(rows * half);
-  for (let i = 0; i < half; i += 1) {
-    const frequency = config.ropeTheta ** ((-2 * i) / config.headSize);
-    for (let position = 0; position < rows; position += 1) {
-      cos[position * half + i] = Math.cos(position * frequency);
-      sin[position * half + i] = Math.sin(position * frequency);
-    }
-  }
-  return { cos, sin };
 }
