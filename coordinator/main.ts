@@ -3,13 +3,12 @@
  * it is told to drain or to stop; forms the group anew when a rank is lost.
  */
 import { randomUUID } from 'node:crypto';
-import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import { z } from 'zod';
 import type { Checkpoint } from '../model/checkpoint.js';
+import { readGenerationDefaults } from '../model/generation-config.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import { RankEngine, type StepFigures } from './engine.js';
@@ -188,11 +187,6 @@ function checkVocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer): void {
   }
 }
 
-const generationFile = z.object({
-  temperature: z.number().optional(),
-  top_p: z.number().optional(),
-});
-
 function cardOf(
   checkpoint: Checkpoint,
   spec: GroupSpec,
@@ -200,10 +194,6 @@ function cardOf(
   files: ReadonlyMap<string, Uint8Array>,
   options: CoordinatorOptions,
 ): ModelCard {
-  const generation = path.join(checkpoint.path, 'generation_config.json');
-  const parsed = fs.existsSync(generation)
-    ? generationFile.safeParse(JSON.parse(fs.readFileSync(generation, 'utf8'))).data
-    : undefined;
   return {
     version: 1,
     name: options.servedModelName ?? path.basename(checkpoint.path),
@@ -217,10 +207,7 @@ function cardOf(
     tokenizerFiles: Object.fromEntries(
       [...files].map(([name, bytes]) => [name, Buffer.from(bytes).toString('base64')]),
     ),
-    defaults: {
-      ...(parsed?.temperature === undefined ? {} : { temperature: parsed.temperature }),
-      ...(parsed?.top_p === undefined ? {} : { topP: parsed.top_p }),
-    },
+    defaults: readGenerationDefaults(files),
     isExact: options.isExact,
   };
 }

@@ -1,5 +1,6 @@
-/** The tokenizer of a checkpoint on disk. */
+/** The tokenizer of a checkpoint on disk, and its way of chatting. */
 import fs from 'node:fs';
+import { openChatTemplate, type ChatTemplate } from '../model/chat-template.js';
 import { openCheckpoint, readFolderTokenizer, resolveModelPath } from '../model/checkpoint.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 
@@ -9,9 +10,17 @@ import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
  * @param model as `--model` takes it. @throws CaravanError `invalid_checkpoint`.
  */
 export function openModelTokenizer(model: string | undefined): Tokenizer {
+  return openModelChat(model).tokenizer;
+}
+
+/** As `openModelTokenizer`, and what messages are rendered with. */
+export function openModelChat(model: string | undefined): {
+  readonly tokenizer: Tokenizer;
+  readonly chat: ChatTemplate;
+} {
   const path = resolveModelPath(model);
   const isFolder = fs.statSync(path).isDirectory();
-  return openTokenizer(
-    isFolder ? readFolderTokenizer(path) : openCheckpoint(path).readTokenizerFiles(),
-  );
+  const files = isFolder ? readFolderTokenizer(path) : openCheckpoint(path).readTokenizerFiles();
+  const tokenizer = openTokenizer(files);
+  return { tokenizer, chat: openChatTemplate(files, tokenizer) };
 }

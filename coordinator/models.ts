@@ -1,5 +1,7 @@
 /** The models that a gateway can serve: those with a card, with their tokenizers opened once. */
-import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
+import { createHash } from 'node:crypto';
+import { openChatTemplate } from '../model/chat-template.js';
+import { openTokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import type { ServedModel } from './openai.js';
 import type { ModelCard } from './request.js';
@@ -10,8 +12,10 @@ const CARDS_FRESH_MS = 1000;
 
 export class Models {
   readonly #store: Store;
-  /** By digest: cards come and go, a checkpoint's tokenizer stays. */
-  readonly #tokenizers = new Map<string, Tokenizer>();
+  /** By digest of the files: cards come and go, a checkpoint's tokenizer stays. */
+  readonly #opened = new Map<string, Pick<ServedModel, 'tokenizer' | 'chat'>>();
+  /** A card's digest is of its configuration and weights, and does not know its template. */
+  readonly #digests = new WeakMap<ModelCard, string>();
   #read: { readonly cards: Promise<ModelCard[]>; readonly atMs: number } | null = null;
 
   constructor(store: Store) {
@@ -44,7 +48,7 @@ export class Models {
       const asked = name === null ? 'no model is there' : `the model ${name} does not exist`;
       throw new CaravanError('not_found', `${asked}; models: ${names}`, { param: 'model' });
     }
-    return { card, tokenizer: this.#tokenizerOf(card) };
+    return { card, ...this.#open(card) };
   }
 
   #freshCards(): Promise<ModelCard[]> {
@@ -59,15 +63,24 @@ export class Models {
     return this.#read.cards;
   }
 
-  #tokenizerOf(card: ModelCard): Tokenizer {
-    let tokenizer = this.#tokenizers.get(card.digest);
-    if (tokenizer === undefined) {
-      const files = Object.entries(card.tokenizerFiles);
-      tokenizer = openTokenizer(
-        new Map(files.map(([name, base64]) => [name, Buffer.from(base64, 'base64')])),
-      );
-      this.#tokenizers.set(card.digest, tokenizer);
+  #open(card: ModelCard): Pick<ServedModel, 'tokenizer' | 'chat'> {
+    let digest = this.#digests.get(card);
+    if (digest === undefined) {
+      digest = createHash('sha256').update(JSON.stringify(card.tokenizerFiles)).digest('hex');
+      this.#digests.set(card, digest);
     }
-    return tokenizer;
+    let opened = this.#opened.get(digest);
+    if (opened === undefined) {
+      const files = new Map(
+        Object.entries(card.tokenizerFiles).map(([name, base64]) => [
+          name,
+          Buffer.from(base64, 'base64'),
+        ]),
+      );
+      const tokenizer = openTokenizer(files);
+      opened = { tokenizer, chat: openChatTemplate(files, tokenizer) };
+      this.#opened.set(digest, opened);
+    }
+    return opened;
   }
 }

@@ -5,15 +5,17 @@
  */
 import { randomInt } from 'node:crypto';
 import { z } from 'zod';
-import { renderLlama2Chat } from '../model/chat-template.js';
+import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
+import { encodePrompt } from './prompt.js';
 import type { JobTerms, ModelCard, Request } from './request.js';
 
-/** A model that can be asked: its card and its tokenizer. */
+/** A model that can be asked: its card, its tokenizer and its way of chatting. */
 export interface ServedModel {
   readonly card: ModelCard;
   readonly tokenizer: Tokenizer;
+  readonly chat: ChatTemplate;
 }
 
 /** What a body asks for, besides the Request itself. */
@@ -140,20 +142,21 @@ export function parseChat(body: unknown, model: ServedModel): Asked {
     role,
     content: typeof content === 'string' ? content : content.map(({ text }) => text).join(''),
   }));
-  const promptTokenIds = renderLlama2Chat(messages, model.tokenizer);
+  const promptTokenIds = model.chat.render(messages);
   const maxTokens = parsed.max_completion_tokens ?? parsed.max_tokens;
-  return finish(parsed, model, promptTokenIds, true, 'messages', maxTokens ?? null);
+  const { addsFirstSpace } = model.tokenizer;
+  return finish(parsed, model, promptTokenIds, addsFirstSpace, 'messages', maxTokens ?? null);
 }
 
-/** POST /v1/completions. A prompt of token ids is taken as it is; a text gets BOS before it. */
+/** POST /v1/completions. A prompt of token ids is taken as it is; a text gets BOS before it, where the model knows one. */
 export function parseCompletion(body: unknown, model: ServedModel): Asked {
   const parsed = parse(completionBody, body);
   const { card, tokenizer } = model;
   const prompt = parsed.prompt ?? '';
   const text = typeof prompt === 'string' ? prompt : prompt[0];
   if (typeof text === 'string') {
-    const ids = [card.bosTokenId, ...tokenizer.encode(text)];
-    return finish(parsed, model, ids, text === '', 'prompt', parsed.max_tokens ?? null);
+    const { ids, isTextStart } = encodePrompt(text, tokenizer);
+    return finish(parsed, model, ids, isTextStart, 'prompt', parsed.max_tokens ?? null);
   }
   const ids = prompt as number[];
   const alien = ids.find((id) => id >= card.vocabSize);
@@ -205,10 +208,10 @@ function finish(
       sampling: {
         temperature: body.temperature ?? card.defaults.temperature ?? 1,
         topP: body.top_p ?? card.defaults.topP ?? 1,
-        topK: body.top_k ?? 0,
+        topK: body.top_k ?? card.defaults.topK ?? 0,
         seed: body.seed ?? randomInt(2 ** 47),
       },
-      maxTokens: maxTokens ?? room,
+      maxTokens: maxTokens ?? wishedTokens(card, promptTokenIds.length, room),
       stop: typeof stop === 'string' ? [stop] : stop,
       ignoreEos: body.ignore_eos ?? false,
       isTextStart,
@@ -220,4 +223,11 @@ function finish(
     isStream: body.stream ?? false,
     includesUsage: body.stream_options?.include_usage ?? false,
   };
+}
+
+/** The most tokens of an answer to a request that does not say: the model's wish, within the context. */
+function wishedTokens({ defaults }: ModelCard, promptTokens: number, room: number): number {
+  const { maxNewTokens, maxLength } = defaults;
+  const left = (maxLength ?? 0) - promptTokens;
+  return Math.min(room, maxNewTokens ?? (left > 0 ? left : room));
 }

@@ -1,7 +1,7 @@
 /** The prompt of a command: a text to continue, or a file of messages to answer. */
 import fs from 'node:fs';
 import { z } from 'zod';
-import { renderLlama2Chat } from '../model/chat-template.js';
+import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import type { Request } from './request.js';
@@ -11,23 +11,33 @@ const messages = z.array(z.object({ role: z.string(), content: z.string() })).mi
 export type Prompt = Pick<Request, 'promptTokenIds' | 'isTextStart'>;
 
 /**
- * Tokens of the prompt. Neither text nor file is the empty prompt: BOS alone.
+ * Tokens of the prompt. Neither text nor file is the empty prompt.
  *
  * @throws CaravanError `bad_usage` when the file is not an array of messages, `invalid_request` when the
  *   messages break the model's rules.
  */
 export function promptOf(
   tokenizer: Tokenizer,
+  chat: ChatTemplate,
   { prompt, chatFile }: { prompt: string | undefined; chatFile: string | undefined },
 ): Prompt {
   if (chatFile !== undefined) {
-    const promptTokenIds = renderLlama2Chat(readMessages(chatFile), tokenizer);
-    return { promptTokenIds, isTextStart: true };
+    const promptTokenIds = chat.render(readMessages(chatFile));
+    return { promptTokenIds, isTextStart: tokenizer.addsFirstSpace };
   }
-  const text = prompt ?? '';
+  const { ids, isTextStart } = encodePrompt(prompt ?? '', tokenizer);
+  return { promptTokenIds: ids, isTextStart };
+}
+
+/** Tokens of a text to continue, with BOS before it where the model knows one. The empty text is BOS in any case. */
+export function encodePrompt(
+  text: string,
+  tokenizer: Tokenizer,
+): { readonly ids: readonly number[]; readonly isTextStart: boolean } {
+  const ids = [...tokenizer.prefixTokenIds, ...tokenizer.encode(text)];
   return {
-    promptTokenIds: [tokenizer.bosTokenId, ...tokenizer.encode(text)],
-    isTextStart: text === '',
+    ids: ids.length > 0 ? ids : [tokenizer.bosTokenId],
+    isTextStart: text === '' && tokenizer.addsFirstSpace,
   };
 }
 

@@ -2,6 +2,7 @@
  * A Request is what a client asked, after validation: nothing unvalidated has this type, and only this
  * is put into the queue. It is plain JSON, since it travels through Redis.
  */
+import type { GenerationDefaults } from '../model/generation-config.js';
 
 export interface Sampling {
   /** 0 is greedy; otherwise logits are divided by it. 0 to 2. */
@@ -72,8 +73,8 @@ export interface ModelCard {
   readonly eosTokenIds: readonly number[];
   /** The checkpoint's tokenizer files, base64, by file name; see model/tokenizer. */
   readonly tokenizerFiles: Readonly<Record<string, string>>;
-  /** Sampling defaults from generation_config.json, where it has them. */
-  readonly defaults: { readonly temperature?: number; readonly topP?: number };
+  /** What generation_config.json wishes, where a request leaves it out. */
+  readonly defaults: GenerationDefaults;
   /** True when the engine runs in --exact mode. */
   readonly isExact: boolean;
 }

@@ -6,6 +6,7 @@
 import { BinaryReader } from '@bufbuild/protobuf/wire';
 import { CaravanError } from '../proto/errors.js';
 import { Detokenizer } from './detokenizer.js';
+import type { PromptPart } from './marked-text.js';
 import type { Tokenizer } from './tokenizer.js';
 
 const kind = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
@@ -118,6 +119,9 @@ export class SentencePieceTokenizer implements Tokenizer {
   readonly vocabSize: number;
   readonly bosTokenId: number;
   readonly eosTokenIds: readonly number[];
+  readonly prefixTokenIds: readonly number[];
+  readonly addsFirstSpace: boolean;
+  readonly controlTokens: ReadonlyMap<string, number>;
   readonly #model: SentencePieceModel;
   /** Pieces that text can become, with their ids. */
   readonly #ids = new Map<string, number>();
@@ -127,11 +131,18 @@ export class SentencePieceTokenizer implements Tokenizer {
   readonly #userDefined: readonly string[];
   readonly #bytes: readonly Uint8Array[];
 
-  constructor(model: SentencePieceModel, eosTokenIds: readonly number[]) {
+  /** @param addsBos whether BOS stands before a text that is to be continued. */
+  constructor(model: SentencePieceModel, eosTokenIds: readonly number[], addsBos = true) {
     this.#model = model;
     this.vocabSize = model.pieces.length;
     this.bosTokenId = model.bosTokenId;
     this.eosTokenIds = eosTokenIds;
+    this.addsFirstSpace = model.addsDummyPrefix;
+    this.prefixTokenIds = addsBos ? [model.bosTokenId] : [];
+    const controls = model.pieces.flatMap(({ text, type }, id) =>
+      type === kind.control && text !== '' ? [[text, id] as const] : [],
+    );
+    this.controlTokens = new Map(controls);
     const userDefined: string[] = [];
     this.#bytes = model.pieces.map(({ text, type }, id) => {
       switch (type) {
@@ -158,6 +169,11 @@ export class SentencePieceTokenizer implements Tokenizer {
     const ids: number[] = [];
     for (const symbol of this.#segment(normalized)) this.#emit(symbol, ids);
     return ids;
+  }
+
+  /** Each text between control tokens gets the space before its first word, as the reference's do. */
+  encodeParts(parts: readonly PromptPart[]): number[] {
+    return parts.flatMap((part) => (typeof part === 'string' ? this.encode(part) : [part]));
   }
 
   tokenBytes(id: number): Uint8Array {

@@ -2,8 +2,9 @@ import assert from 'node:assert/strict';
 import fs from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
-import { renderLlama2Chat, type ChatMessage } from '../model/chat-template.js';
+import type { ChatMessage } from '../model/chat-template.js';
 import { embeddedModelPath } from '../model/checkpoint.js';
+import { renderLlama2Chat } from '../model/llama2-chat.js';
 import { openTokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 

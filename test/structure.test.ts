@@ -49,6 +49,7 @@ const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
   ['fastify', /^coordinator\/http/],
   ['prom-client', /^coordinator\/metrics/],
   ['@huggingface/tokenizers', /^model\/tokenizer/],
+  ['@huggingface/jinja', /^model\/jinja-template/],
 ];
 
 void test('there are files to check', () => {
@@ -104,7 +105,14 @@ void test('pure rooms do no I/O', () => {
     'coordinator/sampler',
     'coordinator/coin',
   ];
-  for (const name of [...pure, 'model/plan', 'model/chat-template', 'model/stop-text']) {
+  for (const name of [
+    ...pure,
+    'model/plan',
+    'model/chat-template',
+    'model/jinja-template',
+    'model/llama2-chat',
+    'model/stop-text',
+  ]) {
     for (const target of importsOf(`${name}.ts`)) {
       assert.ok(!target.startsWith('node:'), `${name} imports ${target}`);
     }

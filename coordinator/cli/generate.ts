@@ -4,7 +4,7 @@ import type { Command } from 'commander';
 import { CaravanError } from '../../proto/errors.js';
 import { RankEngine } from '../engine.js';
 import { DEFAULT_MAX_STEP_ROWS, withLocalGroup } from '../local-group.js';
-import { openModelTokenizer } from '../model-tokenizer.js';
+import { openModelChat } from '../model-tokenizer.js';
 import { promptOf } from '../prompt.js';
 import type { FinishReason, Request } from '../request.js';
 import { declareSettings } from './options.js';
@@ -50,8 +50,8 @@ export function register(program: Command): void {
   );
   command.action(async () => {
     const s = settings();
-    const tokenizer = openModelTokenizer(s.model);
-    const prompt = promptOf(tokenizer, { prompt: s.prompt, chatFile: s.chat });
+    const { tokenizer, chat } = openModelChat(s.model);
+    const prompt = promptOf(tokenizer, chat, { prompt: s.prompt, chatFile: s.chat });
     const interrupted = new AbortController();
     const interrupt = (): void => {
       interrupted.abort();

@@ -5,7 +5,7 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { renderLlama2Chat } from '../../model/chat-template.js';
+import { renderLlama2Chat } from '../../model/llama2-chat.js';
 import { embeddedModelPath } from '../../model/checkpoint.js';
 import { openTokenizer } from '../../model/tokenizer.js';
 import { tinyGoldenFile, type TinyGolden } from '../golden.js';
