@@ -111,10 +111,9 @@ export const settingTable = {
   }),
   transport: defaulted('auto', {
     argument: '<transport>',
-    description: 'how ranks exchange partials: auto or grpc (shm is not built yet)',
+    description: 'how ranks exchange partials: shm between those of one host, grpc, or auto',
     rule: 'one of auto, grpc, shm',
     schema: z.enum(['auto', 'grpc', 'shm']),
-    refuse: (value) => (value === 'shm' ? 'is not built yet; use grpc or auto' : null),
   }),
   maxSeqLen: optional({
     argument: '<n>',

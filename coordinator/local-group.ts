@@ -9,7 +9,8 @@ import {
 } from '../model/checkpoint.js';
 import { planRanks, slicesOf } from '../model/plan.js';
 import { CaravanError } from '../proto/errors.js';
-import { Weights } from '../proto/gen/cluster.js';
+import { Transport, Weights } from '../proto/gen/cluster.js';
+import type { Config } from './config.js';
 import { startLocalRank, stopLocalRank, threadsPerRank, type LocalRank } from './local-ranks.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 
@@ -20,7 +21,15 @@ export interface LocalGroupOptions {
   readonly maxSeqLen: number | undefined;
   readonly maxBatchSize: number;
   readonly maxStepRows: number;
+  /** `auto` if left out. */
+  readonly transport?: Config['transport'];
 }
+
+const transports = {
+  auto: Transport.TRANSPORT_UNSPECIFIED,
+  grpc: Transport.TRANSPORT_GRPC,
+  shm: Transport.TRANSPORT_SHM,
+} as const;
 
 export interface LocalGroup {
   readonly checkpoint: Checkpoint;
@@ -40,7 +49,7 @@ export const DEFAULT_MAX_STEP_ROWS = 512;
  */
 export function groupSpec(
   checkpoint: Checkpoint,
-  options: Pick<LocalGroupOptions, 'maxSeqLen' | 'maxBatchSize' | 'maxStepRows'>,
+  options: Pick<LocalGroupOptions, 'maxSeqLen' | 'maxBatchSize' | 'maxStepRows' | 'transport'>,
 ): GroupSpec {
   const { maxPositions } = checkpoint.config;
   const maxSeqLen = options.maxSeqLen ?? maxPositions;
@@ -59,6 +68,7 @@ export function groupSpec(
     // A decode of every slot must fit into a step.
     maxStepRows: Math.max(options.maxStepRows, options.maxBatchSize + 16),
     stepTimeoutMs: DEFAULT_STEP_TIMEOUT_MS,
+    transport: transports[options.transport ?? 'auto'],
   };
 }
 

@@ -11,6 +11,7 @@ import type { Checkpoint } from '../model/checkpoint.js';
 import { readGenerationDefaults } from '../model/generation-config.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
+import type { Config } from './config.js';
 import { RankEngine, type StepFigures } from './engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
@@ -29,6 +30,7 @@ export interface CoordinatorOptions {
   readonly maxSeqLen: number | undefined;
   readonly maxBatchSize: number;
   readonly isExact: boolean;
+  readonly transport: Config['transport'];
   /** Called once, when the first group serves. */
   readonly onReady: (card: ModelCard) => void;
   readonly onStep?: (figures: StepFigures) => void;

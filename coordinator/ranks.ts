@@ -13,6 +13,7 @@ import {
   type Report,
   type Step,
   type StepResult,
+  type Transport,
   type Weights,
 } from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
@@ -26,6 +27,7 @@ export interface GroupSpec {
   readonly maxBatchSize: number;
   readonly maxStepRows: number;
   readonly stepTimeoutMs: number;
+  readonly transport: Transport;
 }
 
 export interface ConnectOptions {

@@ -29,7 +29,13 @@ export class RankPool {
   /** Runs `use` with a group of the first `tp` processes, which stay for the next group. */
   async withGroup<T>(
     folder: string,
-    limits: { tp: number; maxSeqLen: number; maxBatchSize: number; maxStepRows: number },
+    limits: {
+      tp: number;
+      maxSeqLen: number;
+      maxBatchSize: number;
+      maxStepRows: number;
+      transport?: 'auto' | 'grpc' | 'shm';
+    },
     use: (group: PoolGroup) => Promise<T>,
   ): Promise<T> {
     const processes = await this.start(limits.tp);

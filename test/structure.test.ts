@@ -41,11 +41,11 @@ const allowedRooms: Readonly<Record<string, readonly string[]>> = {
 
 /** The one owner of each third-party door. */
 const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
-  ['koffi', /^worker\/ort/],
+  ['koffi', /^worker\/(ort|shared-memory)/],
   ['onnxruntime-node', /^worker\/ort/],
   ['bullmq', /^coordinator\/queue/],
   ['ioredis', /^coordinator\/(queue|journal|store)/],
-  ['@grpc/grpc-js', /^(coordinator\/ranks|worker\/(service|lobby|all-reduce|partial-codec))\.ts$/],
+  ['@grpc/grpc-js', /^(coordinator\/ranks|worker\/(service|lobby|peers|partial-codec))\.ts$/],
   ['fastify', /^coordinator\/http/],
   ['prom-client', /^coordinator\/metrics/],
   ['@huggingface/tokenizers', /^model\/tokenizer/],

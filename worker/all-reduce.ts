@@ -6,15 +6,16 @@
  *   peer r      ──> partials[turn][r]
  *
  * Two buffers a rank are used in turn: a peer can be one all-reduce ahead, never two, since it needs our
- * partial of this one to go on.
+ * partial of this one to go on. Between ranks of one host the buffers lie in shared memory, and only a number
+ * is written and waited for; between hosts they go as messages.
  */
-import { Client, credentials, type ClientReadableStream } from '@grpc/grpc-js';
 import { CaravanError } from '../proto/errors.js';
 import type { RankPartial } from '../proto/gen/cluster.js';
-import type { PeerCall } from './lobby.js';
 import type { Pacer } from './pacer.js';
-import { decodePartial, encodePartial, partialsMethod } from './partial-codec.js';
+import { encodePartial } from './partial-codec.js';
+import type { PeerLink, Peers } from './peers.js';
 import { allocate } from './shard.js';
+import { mayRanksSpin } from './shared-memory.js';
 
 export type Turn = 0 | 1;
 
@@ -57,77 +58,92 @@ export class SoloAllReduce implements AllReduce {
   }
 }
 
-/** The two streams that join us to a peer: one it sends on, one we send on. */
-export interface PeerStreams {
-  readonly incoming: ClientReadableStream<RankPartial>;
-  readonly outgoing: PeerCall;
-}
+/** How long a wait for shared memory spins before it sleeps. */
+const SPIN_US = 300;
+/** The longest sleep at once: then the event loop may be due. */
+const SLEEP_MS = 2;
 
-/** Partials over gRPC: each rank calls each other rank, and receives on the call that it made. */
-export class GrpcAllReduce implements AllReduce {
+/** The ranks of a group, each joined to us by shared memory or by gRPC. */
+export class GroupAllReduce implements AllReduce {
   readonly partials: readonly (readonly Float32Array[])[];
   readonly #rank: number;
-  readonly #peers: readonly (PeerStreams | null)[];
+  readonly #peers: Peers;
+  readonly #messagePeers: readonly PeerLink[];
+  readonly #memoryPeers: readonly { readonly rank: number; readonly link: PeerLink }[];
+  readonly #spinUs: number;
   readonly #pacer: Pacer;
   readonly #timeoutMs: number;
-  /** All-reduces begun; and, by peer, partials that have arrived, with the size of the last two. */
+  /** All-reduces begun; and, by peer, messages that have arrived, with the size of the last two. */
   #sequence = 0;
   readonly #arrived: number[];
   readonly #arrivedCounts: readonly [number[], number[]];
   #wake: (() => void) | null = null;
   #error: CaravanError | null = null;
 
-  /** @param peers one pair of streams per rank, null at our own place. */
-  constructor(
-    rank: number,
-    peers: readonly (PeerStreams | null)[],
-    capacity: number,
-    timeoutMs: number,
-    pacer: Pacer,
-  ) {
+  /** @param capacity elements of the largest partial. */
+  constructor(rank: number, peers: Peers, capacity: number, timeoutMs: number, pacer: Pacer) {
     this.#rank = rank;
     this.#peers = peers;
     this.#pacer = pacer;
     this.#timeoutMs = timeoutMs;
-    const buffers = () => peers.map(() => allocate(capacity));
-    this.partials = [buffers(), buffers()];
-    this.#arrived = peers.map(() => 0);
-    this.#arrivedCounts = [peers.map(() => 0), peers.map(() => 0)];
-    peers.forEach((streams, peer) => {
-      if (streams === null) return;
+    const { links } = peers;
+    this.#messagePeers = links.filter((link) => link?.segment === null) as PeerLink[];
+    this.#memoryPeers = links.flatMap((link, peer) =>
+      link === null || link.segment === null ? [] : [{ rank: peer, link }],
+    );
+    this.#spinUs = mayRanksSpin(this.#memoryPeers.length + 1) ? SPIN_US : 0;
+    const buffer = (turn: Turn) => (link: PeerLink | null) => {
+      const segment = link === null ? peers.segment : link.segment;
+      return segment === null ? allocate(capacity) : segment.turns[turn];
+    };
+    this.partials = [links.map(buffer(0)), links.map(buffer(1))];
+    this.#arrived = links.map(() => 0);
+    this.#arrivedCounts = [links.map(() => 0), links.map(() => 0)];
+    links.forEach((link, peer) => {
+      if (link === null) return;
       const lost = (): void => {
         this.abort(new CaravanError('rank_failed', `rank ${peer} left the group`));
       };
-      streams.incoming.on('data', (partial: RankPartial) => {
+      link.incoming.on('data', (partial: RankPartial) => {
         this.#receive(peer, partial);
       });
-      streams.incoming.on('error', lost);
-      streams.incoming.on('end', lost);
-      streams.outgoing.on('cancelled', lost);
-      streams.outgoing.on('error', lost);
+      link.incoming.on('error', lost);
+      link.incoming.on('end', lost);
+      link.outgoing.on('cancelled', lost);
+      link.outgoing.on('error', lost);
     });
   }
 
   async exchange(turn: Turn, count: number): Promise<void> {
-    const own = this.partials[turn]![this.#rank]!;
-    // The message is a copy: the buffer is free again.
-    const bytes = new Uint8Array(own.buffer, own.byteOffset, 4 * count);
-    const message = encodePartial(this.#sequence, bytes);
     this.#sequence += 1;
-    for (const streams of this.#peers) streams?.outgoing.write(message);
     const deadlineMs = performance.now() + this.#timeoutMs;
-    // One turn of the event loop at least, or our own partials would stay in the socket's queue.
-    do {
-      await this.#pacer.yield();
-      if (this.#error !== null) throw this.#error;
-      if (!this.#isWhole()) await this.#waitForArrival(deadlineMs);
-    } while (!this.#isWhole());
-    for (let peer = 0; peer < this.#peers.length; peer += 1) {
-      const got = this.#arrivedCounts[turn][peer]!;
-      if (this.#peers[peer] !== null && got !== count) {
-        throw new CaravanError('internal', `rank ${peer} sent ${got} elements, not ${count}`);
-      }
+    if (this.#messagePeers.length > 0) {
+      const own = this.partials[turn]![this.#rank]!;
+      // The message is a copy: the buffer is free again.
+      const bytes = new Uint8Array(own.buffer, own.byteOffset, 4 * count);
+      const message = encodePartial(this.#sequence - 1, bytes);
+      for (const { outgoing } of this.#messagePeers) outgoing.write(message);
     }
+    this.#peers.segment?.publish(this.#sequence, turn, count);
+    // Some turns of the event loop, or our own partials would stay in the socket's queue.
+    if (this.#messagePeers.length > 0) await this.#receiveAll(turn, count, deadlineMs);
+    for (const { rank, link } of this.#memoryPeers) {
+      const { segment } = link;
+      while (!segment!.spin(this.#sequence, this.#spinUs)) {
+        segment!.sleep(this.#sequence, SLEEP_MS);
+        if (this.#pacer.isDue) await this.#pacer.yield();
+        if (this.#error !== null) throw this.#error;
+        if (performance.now() >= deadlineMs && !segment!.has(this.#sequence))
+          throw this.#late(rank);
+      }
+      this.#checkCount(rank, segment!.count(turn), count);
+    }
+    if (this.#sequence === 1) {
+      // Whoever has sent a partial has mapped all segments.
+      this.#peers.segment?.unlink();
+    }
+    if (this.#pacer.isDue) await this.#pacer.yield();
+    if (this.#error !== null) throw this.#error;
   }
 
   abort(error: CaravanError): void {
@@ -137,17 +153,37 @@ export class GrpcAllReduce implements AllReduce {
 
   close(): void {
     this.abort(new CaravanError('cancelled', 'the group was dissolved'));
-    for (const streams of this.#peers) {
-      if (streams === null) continue;
+    for (const link of this.#peers.links) {
+      if (link === null) continue;
       // Streams that are cut report it as an error: nobody is interested.
-      streams.incoming.on('error', () => undefined);
-      streams.incoming.cancel();
-      streams.outgoing.end();
+      link.incoming.on('error', () => undefined);
+      link.incoming.cancel();
+      link.outgoing.end();
+      link.segment?.close();
     }
+    this.#peers.segment?.close();
+  }
+
+  async #receiveAll(turn: Turn, count: number, deadlineMs: number): Promise<void> {
+    do {
+      await this.#pacer.yield();
+      if (this.#error !== null) throw this.#error;
+      if (!this.#isWhole()) await this.#waitForArrival(deadlineMs);
+    } while (!this.#isWhole());
+    this.#peers.links.forEach((link, peer) => {
+      if (link?.segment === null) this.#checkCount(peer, this.#arrivedCounts[turn][peer]!, count);
+    });
+  }
+
+  #checkCount(peer: number, got: number, count: number): void {
+    if (got === count) return;
+    throw new CaravanError('internal', `rank ${peer} sent ${got} elements, not ${count}`);
   }
 
   #isWhole(): boolean {
-    return this.#arrived.every((n, peer) => peer === this.#rank || n >= this.#sequence);
+    return this.#peers.links.every(
+      (link, peer) => link?.segment !== null || this.#arrived[peer]! >= this.#sequence,
+    );
   }
 
   async #waitForArrival(deadlineMs: number): Promise<void> {
@@ -163,12 +199,19 @@ export class GrpcAllReduce implements AllReduce {
     this.#pacer.served();
     if (this.#error !== null) throw this.#error;
     if (!this.#isWhole() && performance.now() >= deadlineMs) {
-      const late = this.#arrived.findIndex((n, peer) => peer !== this.#rank && n < this.#sequence);
-      throw new CaravanError(
-        'rank_failed',
-        `rank ${late} sent no partial for ${this.#timeoutMs} ms`,
+      throw this.#late(
+        this.#peers.links.findIndex(
+          (link, peer) => link?.segment === null && this.#arrived[peer]! < this.#sequence,
+        ),
       );
     }
+  }
+
+  #late(rank: number): CaravanError {
+    return new CaravanError(
+      'rank_failed',
+      `rank ${rank} sent no partial for ${this.#timeoutMs} ms`,
+    );
   }
 
   #receive(peer: number, { sequence, data }: RankPartial): void {
@@ -186,78 +229,4 @@ export class GrpcAllReduce implements AllReduce {
     this.#arrived[peer] = expected + 1;
     if (this.#isWhole()) this.#wake?.();
   }
-}
-
-/** Options of every stream between ranks: large messages, large windows, dead peers noticed. */
-export const peerChannelOptions = {
-  'grpc.max_receive_message_length': -1,
-  'grpc.max_send_message_length': -1,
-  // Honoured by the calling side only, which is why the receiver of partials is the caller.
-  'grpc-node.flow_control_window': 64 * 1024 * 1024,
-  'grpc.keepalive_time_ms': 10_000,
-  'grpc.keepalive_timeout_ms': 10_000,
-};
-
-/** How often an address is tried again until the signal aborts. */
-const RETRY_MS = 100;
-
-/**
- * Calls a peer for its partials, and waits until it has taken us into the group.
- *
- * @throws CaravanError `rank_unavailable` when the signal aborts before.
- */
-export async function callPeer(
-  address: string,
-  group: string,
-  rank: number,
-  signal: AbortSignal,
-): Promise<ClientReadableStream<RankPartial>> {
-  for (;;) {
-    const outcome = await callOnce(address, group, rank, signal);
-    if (!(outcome instanceof Error)) return outcome;
-    if (signal.aborted) {
-      throw new CaravanError(
-        'rank_unavailable',
-        `the peer at ${address} does not answer: ${outcome.message}`,
-        { cause: outcome },
-      );
-    }
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
-  }
-}
-
-async function callOnce(
-  address: string,
-  group: string,
-  rank: number,
-  signal: AbortSignal,
-): Promise<ClientReadableStream<RankPartial> | Error> {
-  const client = new Client(address, credentials.createInsecure(), {
-    ...peerChannelOptions,
-    'grpc.use_local_subchannel_pool': 1,
-  });
-  const call = client.makeServerStreamRequest(
-    partialsMethod.path,
-    partialsMethod.requestSerialize,
-    decodePartial,
-    { group, rank },
-  );
-  call.on('close', () => {
-    client.close();
-  });
-  return new Promise((resolve) => {
-    const cancel = (): void => {
-      call.cancel();
-    };
-    signal.addEventListener('abort', cancel, { once: true });
-    call.once('metadata', () => {
-      signal.removeEventListener('abort', cancel);
-      resolve(call);
-    });
-    call.on('error', (error: Error) => {
-      signal.removeEventListener('abort', cancel);
-      client.close();
-      resolve(error);
-    });
-  });
 }

@@ -6,18 +6,13 @@ import type { Checkpoint } from '../model/checkpoint.js';
 import { kvBytes } from '../model/plan.js';
 import { CaravanError } from '../proto/errors.js';
 import type { Load } from '../proto/gen/cluster.js';
-import {
-  callPeer,
-  GrpcAllReduce,
-  SoloAllReduce,
-  type AllReduce,
-  type PeerStreams,
-} from './all-reduce.js';
+import { GroupAllReduce, SoloAllReduce, type AllReduce } from './all-reduce.js';
 import { Forward } from './forward.js';
 import { KvCache } from './kv-cache.js';
 import type { Lobby } from './lobby.js';
 import type { Ort } from './ort.js';
 import { Pacer } from './pacer.js';
+import { meetPeers } from './peers.js';
 import type { Shard } from './shard.js';
 import { Workspace } from './workspace.js';
 
@@ -52,12 +47,12 @@ export class Group {
     refuseTooLittleMemory(kvBytes(config, plan, load.maxSeqLen, load.maxBatchSize));
     const pacer = new Pacer();
     const kv = new KvCache(ort, config, plan, load.maxSeqLen, load.maxBatchSize);
-    const peers = await meetPeers(load, lobby, signal);
     const capacity = load.maxStepRows * config.hiddenSize;
+    const peers = await meetPeers(load, capacity, lobby, signal);
     const allReduce =
       plan.tp === 1
         ? new SoloAllReduce(capacity, pacer)
-        : new GrpcAllReduce(plan.rank, peers, capacity, load.stepTimeoutMs, pacer);
+        : new GroupAllReduce(plan.rank, peers, capacity, load.stepTimeoutMs, pacer);
     const workspace = new Workspace(
       ort,
       config,
@@ -81,23 +76,6 @@ export class Group {
     this.#workspace.release();
     this.#kv.release();
   }
-}
-
-async function meetPeers(
-  { peers, group, rank }: Load,
-  lobby: Lobby,
-  signal: AbortSignal,
-): Promise<(PeerStreams | null)[]> {
-  return Promise.all(
-    peers.map(async (address, peer) => {
-      if (peer === rank) return null;
-      const [incoming, outgoing] = await Promise.all([
-        callPeer(address, group, rank, signal),
-        lobby.meet({ group, rank: peer }, signal),
-      ]);
-      return { incoming, outgoing };
-    }),
-  );
 }
 
 /** The KV cache is committed as it fills: it is checked here, where it can still be said in one line. */

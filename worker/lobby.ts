@@ -35,13 +35,23 @@ export class Lobby {
     });
   }
 
-  /** Waits for the call of one peer and takes it into the group. @throws the signal's reason. */
-  async meet(membership: Membership, signal: AbortSignal): Promise<PeerCall> {
+  /**
+   * Waits for the call of one peer and takes it into the group, telling it where we live and the name of our
+   * shared memory, if any. @throws the signal's reason.
+   */
+  async meet(
+    membership: Pick<Membership, 'group' | 'rank'>,
+    own: { readonly host: string; readonly segment: string },
+    signal: AbortSignal,
+  ): Promise<PeerCall> {
     const key = keyOf(membership);
     let call = this.#waiting.get(key);
     this.#waiting.delete(key);
     call ??= await this.#arrival(key, signal);
-    call.sendMetadata(new Metadata());
+    const metadata = new Metadata();
+    metadata.set('caravan-host', own.host);
+    metadata.set('caravan-segment', own.segment);
+    call.sendMetadata(metadata);
     return call;
   }
 
@@ -62,4 +72,4 @@ export class Lobby {
   }
 }
 
-const keyOf = ({ group, rank }: Membership): string => `${group}/${rank}`;
+const keyOf = ({ group, rank }: Pick<Membership, 'group' | 'rank'>): string => `${group}/${rank}`;

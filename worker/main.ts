@@ -6,6 +6,7 @@ import pino from 'pino';
 import { toCaravanError } from '../proto/errors.js';
 import { Ort } from './ort.js';
 import { RankServer } from './service.js';
+import { SharedSegment } from './shared-memory.js';
 
 const address = (text: string): string => {
   const port = Number(/^.+:(\d+)$/.exec(text)?.[1]);
@@ -39,6 +40,7 @@ const log = pino(
 );
 
 try {
+  SharedSegment.removeOrphans();
   const server = new RankServer(new Ort(options.threads), log);
   const port = await server.listen(options.listen);
   const bound = options.listen.replace(/:\d+$/, `:${port}`);

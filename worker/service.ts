@@ -19,12 +19,12 @@ import {
   type Report,
 } from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
-import { peerChannelOptions } from './all-reduce.js';
 import { checkLoad, Group } from './group.js';
 import { Lobby, type PeerCall } from './lobby.js';
 import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
 import type { Ort } from './ort.js';
 import { partialsMethod } from './partial-codec.js';
+import { peerChannelOptions } from './peers.js';
 import { Shard } from './shard.js';
 
 type DriveCall = ServerDuplexStream<Command, Report>;

@@ -119,6 +119,7 @@ class Caravan {
         ...shared,
         ...['--ranks', addresses.join(',')],
         ...['--model', s.model, '--max-batch-size', String(s.maxBatchSize)],
+        ...['--transport', s.transport],
         ...(s.exact ? ['--exact'] : []),
         ...optional('maxSeqLen', s.maxSeqLen),
         ...optional('servedModelName', s.servedModelName),

@@ -24,6 +24,25 @@ export const protobufPackage = "caravan.cluster.v1";
 
 export const protobufFileName = "cluster.proto";
 
+/** How ranks exchange partials. */
+export const Transport = {
+  /** TRANSPORT_UNSPECIFIED - Shared memory between ranks of one host, gRPC between hosts. */
+  TRANSPORT_UNSPECIFIED: 0,
+  TRANSPORT_GRPC: 1,
+  /** TRANSPORT_SHM - Shared memory or nothing. */
+  TRANSPORT_SHM: 2,
+  UNRECOGNIZED: -1,
+} as const;
+
+export type Transport = typeof Transport[keyof typeof Transport];
+
+export namespace Transport {
+  export type TRANSPORT_UNSPECIFIED = typeof Transport.TRANSPORT_UNSPECIFIED;
+  export type TRANSPORT_GRPC = typeof Transport.TRANSPORT_GRPC;
+  export type TRANSPORT_SHM = typeof Transport.TRANSPORT_SHM;
+  export type UNRECOGNIZED = typeof Transport.UNRECOGNIZED;
+}
+
 export const Weights = { WEIGHTS_UNSPECIFIED: 0, WEIGHTS_FP32: 1, UNRECOGNIZED: -1 } as const;
 
 export type Weights = typeof Weights[keyof typeof Weights];
@@ -57,6 +76,8 @@ export namespace SampledRows {
 export interface Membership {
   group: string;
   rank: number;
+  /** Ranks that say the same here can share memory; empty where there is none to share. */
+  host: string;
 }
 
 /** A rank's addend of a segment's output: float32, little-endian, shape (rows, hidden). */
@@ -107,6 +128,7 @@ export interface Load {
   maxStepRows: number;
   /** How long a rank waits for a peer within a step, in milliseconds, before it fails the step. */
   stepTimeoutMs: number;
+  transport: Transport;
 }
 
 export interface LoadProgress {
@@ -206,7 +228,7 @@ export interface Failure {
 }
 
 function createBaseMembership(): Membership {
-  return { group: "", rank: 0 };
+  return { group: "", rank: 0, host: "" };
 }
 
 export const Membership: MessageFns<Membership> = {
@@ -216,6 +238,9 @@ export const Membership: MessageFns<Membership> = {
     }
     if (message.rank !== 0) {
       writer.uint32(16).uint32(message.rank);
+    }
+    if (message.host !== "") {
+      writer.uint32(26).string(message.host);
     }
     return writer;
   },
@@ -247,6 +272,14 @@ export const Membership: MessageFns<Membership> = {
             }
 
             message.rank = reader.uint32();
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.host = reader.string();
             continue;
           }
         }
@@ -516,6 +549,7 @@ function createBaseLoad(): Load {
     maxBatchSize: 0,
     maxStepRows: 0,
     stepTimeoutMs: 0,
+    transport: 0,
   };
 }
 
@@ -553,6 +587,9 @@ export const Load: MessageFns<Load> = {
     }
     if (message.stepTimeoutMs !== 0) {
       writer.uint32(88).uint32(message.stepTimeoutMs);
+    }
+    if (message.transport !== 0) {
+      writer.uint32(96).int32(message.transport);
     }
     return writer;
   },
@@ -656,6 +693,14 @@ export const Load: MessageFns<Load> = {
             }
 
             message.stepTimeoutMs = reader.uint32();
+            continue;
+          }
+          case 12: {
+            if (tag !== 96) {
+              break;
+            }
+
+            message.transport = reader.int32() as any;
             continue;
           }
         }
@@ -1608,7 +1653,8 @@ export const PeerService = {
    * The partials of the answering rank, one message per all-reduce, in order, for as long as the group
    * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
    * can choose the flow-control window that lets megabytes through at once. The answering rank sends
-   * its initial metadata when it has taken the caller into the group.
+   * its initial metadata when it has taken the caller into the group: `caravan-host` as in Membership, and
+   * `caravan-segment`, the name of its shared memory. Between ranks that share memory no message is sent.
    */
   partials: {
     path: "/caravan.cluster.v1.Peer/Partials" as const,
@@ -1626,7 +1672,8 @@ export interface PeerServer extends UntypedServiceImplementation {
    * The partials of the answering rank, one message per all-reduce, in order, for as long as the group
    * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
    * can choose the flow-control window that lets megabytes through at once. The answering rank sends
-   * its initial metadata when it has taken the caller into the group.
+   * its initial metadata when it has taken the caller into the group: `caravan-host` as in Membership, and
+   * `caravan-segment`, the name of its shared memory. Between ranks that share memory no message is sent.
    */
   partials: handleServerStreamingCall<Membership, RankPartial>;
 }
@@ -1636,7 +1683,8 @@ export interface PeerClient extends Client {
    * The partials of the answering rank, one message per all-reduce, in order, for as long as the group
    * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
    * can choose the flow-control window that lets megabytes through at once. The answering rank sends
-   * its initial metadata when it has taken the caller into the group.
+   * its initial metadata when it has taken the caller into the group: `caravan-host` as in Membership, and
+   * `caravan-segment`, the name of its shared memory. Between ranks that share memory no message is sent.
    */
   partials(request: Membership, options?: Partial<CallOptions>): ClientReadableStream<RankPartial>;
   partials(request: Membership, metadata?: Metadata, options?: Partial<CallOptions>): ClientReadableStream<RankPartial>;

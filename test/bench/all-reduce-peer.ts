@@ -3,10 +3,12 @@
  * the addresses of both over IPC, and answers with what every exchange took.
  */
 import { Server, ServerCredentials } from '@grpc/grpc-js';
-import { callPeer, GrpcAllReduce, peerChannelOptions, type Turn } from '../../worker/all-reduce.js';
+import { Transport } from '../../proto/gen/cluster.js';
+import { GroupAllReduce, type Turn } from '../../worker/all-reduce.js';
 import { Lobby, type PeerCall } from '../../worker/lobby.js';
 import { Pacer } from '../../worker/pacer.js';
 import { partialsMethod } from '../../worker/partial-codec.js';
+import { meetPeers, peerChannelOptions } from '../../worker/peers.js';
 
 /** What the parent asks for: `rounds` exchanges of each size, with this much work before each. */
 export interface PeerTask {
@@ -15,6 +17,8 @@ export interface PeerTask {
   readonly byteCounts: readonly number[];
   readonly rounds: number;
   readonly workMs: number;
+  readonly group: string;
+  readonly transport: 'shm' | 'grpc';
 }
 
 /** By size: (rounds) milliseconds from handing over our partial until the peer's is whole. */
@@ -45,20 +49,13 @@ function compute(workMs: number): void {
 }
 
 async function measure(task: PeerTask): Promise<PeerResult> {
-  const { rank, addresses, byteCounts, rounds, workMs } = task;
+  const { rank, addresses, byteCounts, rounds, workMs, group } = task;
   const { signal } = new AbortController();
-  const peers = await Promise.all(
-    addresses.map(async (address, peer) => {
-      if (peer === rank) return null;
-      const [incoming, outgoing] = await Promise.all([
-        callPeer(address, 'bench', rank, signal),
-        lobby.meet({ group: 'bench', rank: peer }, signal),
-      ]);
-      return { incoming, outgoing };
-    }),
-  );
   const capacity = Math.max(...byteCounts) / 4;
-  const allReduce = new GrpcAllReduce(rank, peers, capacity, TIMEOUT_MS, new Pacer());
+  const transport = task.transport === 'shm' ? Transport.TRANSPORT_SHM : Transport.TRANSPORT_GRPC;
+  const load = { peers: [...addresses], group, rank, transport };
+  const peers = await meetPeers(load, capacity, lobby, signal);
+  const allReduce = new GroupAllReduce(rank, peers, capacity, TIMEOUT_MS, new Pacer());
   let turn: Turn = 0;
   const waitsMs: number[][] = [];
   for (const byteCount of byteCounts) {

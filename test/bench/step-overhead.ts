@@ -8,6 +8,7 @@
  * out. Figures are of this machine, and of whatever else runs on it.
  */
 import { fork, type ChildProcess } from 'node:child_process';
+import { randomUUID } from 'node:crypto';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -52,20 +53,25 @@ const answerOf = <T>(child: ChildProcess): Promise<T> =>
     });
   });
 
-async function benchAllReduce(workMs: number, rounds: number): Promise<void> {
+async function benchAllReduce(
+  transport: PeerTask['transport'],
+  workMs: number,
+  rounds: number,
+): Promise<void> {
   const entry = fileURLToPath(new URL('all-reduce-peer.js', import.meta.url));
   const children = [fork(entry), fork(entry)];
   try {
     const addresses = await Promise.all(children.map((child) => answerOf<string>(child)));
+    const group = randomUUID();
     const results = await Promise.all(
       children.map((child, rank) => {
-        const task: PeerTask = { rank, addresses, byteCounts, rounds, workMs };
+        const task: PeerTask = { rank, addresses, byteCounts, rounds, workMs, group, transport };
         child.send(task);
         return answerOf<PeerResult>(child);
       }),
     );
     print(
-      `\nall-reduce between two ranks, ${workMs} ms of work before each: µs until the peer's partial is whole`,
+      `\nall-reduce between two ranks over ${transport}, ${workMs} ms of work before each: µs until the peer's partial is whole`,
     );
     print('     KB      p50      p99   p50 of the quietest tenth');
     byteCounts.forEach((byteCount, i) => {
@@ -223,8 +229,10 @@ try {
   print(
     `${os.cpus()[0]?.model ?? 'unknown CPU'}, ${os.availableParallelism()} threads, node ${process.version}, load ${os.loadavg()[0]!.toFixed(1)} before`,
   );
-  await benchAllReduce(0.7, 1000);
-  await benchAllReduce(0, 1000);
+  for (const transport of ['shm', 'grpc'] as const) {
+    await benchAllReduce(transport, 0.7, 1000);
+    await benchAllReduce(transport, 0, 1000);
+  }
   const tiny = embeddedModelPath();
   // Partials of 16 KB a row.
   const wide = path.join(scratch, 'wide');

@@ -1,0 +1,177 @@
+/**
+ * How the ranks of a group meet: each calls each other, says on which host it lives, and hears the same. Ranks of
+ * one host show each other their partials in shared memory; the streams between them only tell when one is gone.
+ */
+import { Client, credentials, type ClientReadableStream } from '@grpc/grpc-js';
+import { CaravanError } from '../proto/errors.js';
+import { Transport, type Load, type RankPartial } from '../proto/gen/cluster.js';
+import type { Lobby, PeerCall } from './lobby.js';
+import { decodePartial, partialsMethod } from './partial-codec.js';
+import { sharedMemoryHost, SharedSegment } from './shared-memory.js';
+
+/** What joins us to a peer: a stream it sends on, one we send on, and its segment if we share a host. */
+export interface PeerLink {
+  readonly incoming: ClientReadableStream<RankPartial>;
+  readonly outgoing: PeerCall;
+  readonly segment: SharedSegment | null;
+}
+
+export interface Peers {
+  /** By rank; null at our own place. */
+  readonly links: readonly (PeerLink | null)[];
+  /** Ours, if any peer shares our host. */
+  readonly segment: SharedSegment | null;
+}
+
+/** Options of every stream between ranks: large messages, large windows, dead peers noticed. */
+export const peerChannelOptions = {
+  'grpc.max_receive_message_length': -1,
+  'grpc.max_send_message_length': -1,
+  // Honoured by the calling side only, which is why the receiver of partials is the caller.
+  'grpc-node.flow_control_window': 64 * 1024 * 1024,
+  'grpc.keepalive_time_ms': 10_000,
+  'grpc.keepalive_timeout_ms': 10_000,
+};
+
+/** How often an address is tried again until the signal aborts. */
+const RETRY_MS = 100;
+
+/**
+ * Calls every peer and waits for the calls of all.
+ *
+ * @param capacity elements of the largest partial.
+ * @throws CaravanError `rank_unavailable`, `invalid_request` when shared memory is demanded and cannot be had, or
+ *   the signal's reason.
+ */
+export async function meetPeers(
+  load: Pick<Load, 'peers' | 'group' | 'rank' | 'transport'>,
+  capacity: number,
+  lobby: Lobby,
+  signal: AbortSignal,
+): Promise<Peers> {
+  const { peers, group, rank, transport } = load;
+  const segment = openOwnSegment(load, capacity);
+  const host = segment === null ? '' : sharedMemoryHost()!;
+  const mapped: SharedSegment[] = [];
+  try {
+    const links = await Promise.all(
+      peers.map(async (address, peer): Promise<PeerLink | null> => {
+        if (peer === rank) return null;
+        const [called, outgoing] = await Promise.all([
+          callPeer(address, { group, rank, host }, signal),
+          lobby.meet({ group, rank: peer }, { host, segment: segment?.name ?? '' }, signal),
+        ]);
+        const { incoming, itsHost, itsSegment } = called;
+        if (host === '' || itsHost !== host) {
+          if (transport === Transport.TRANSPORT_SHM) {
+            throw new CaravanError(
+              'invalid_request',
+              `--transport shm: rank ${peer} at ${address} shares no memory with rank ${rank}`,
+            );
+          }
+          return { incoming, outgoing, segment: null };
+        }
+        const shared = SharedSegment.open(itsSegment, capacity);
+        mapped.push(shared);
+        return { incoming, outgoing, segment: shared };
+      }),
+    );
+    if (mapped.length > 0) return { links, segment };
+    segment?.close();
+    return { links, segment: null };
+  } catch (error) {
+    for (const shared of mapped) shared.close();
+    segment?.close();
+    throw error;
+  }
+}
+
+function openOwnSegment(
+  { peers, group, rank, transport }: Pick<Load, 'peers' | 'group' | 'rank' | 'transport'>,
+  capacity: number,
+): SharedSegment | null {
+  if (peers.length === 1 || transport === Transport.TRANSPORT_GRPC) return null;
+  const isDemanded = transport === Transport.TRANSPORT_SHM;
+  if (sharedMemoryHost() === null) {
+    if (!isDemanded) return null;
+    throw new CaravanError(
+      'invalid_request',
+      '--transport shm: this machine has no /dev/shm that ranks can share',
+    );
+  }
+  try {
+    return SharedSegment.create(group, rank, capacity);
+  } catch (error) {
+    // Containers often have 64 MB of it: gRPC needs none.
+    if (isDemanded) throw error;
+    return null;
+  }
+}
+
+interface Called {
+  readonly incoming: ClientReadableStream<RankPartial>;
+  readonly itsHost: string;
+  readonly itsSegment: string;
+}
+
+type Caller = Parameters<(typeof partialsMethod)['requestSerialize']>[0];
+
+/**
+ * Calls a peer for its partials, and waits until it has taken us into the group.
+ *
+ * @throws CaravanError `rank_unavailable` when the signal aborts before.
+ */
+async function callPeer(address: string, caller: Caller, signal: AbortSignal): Promise<Called> {
+  for (;;) {
+    const outcome = await callOnce(address, caller, signal);
+    if (!(outcome instanceof Error)) return outcome;
+    if (signal.aborted) {
+      throw new CaravanError(
+        'rank_unavailable',
+        `the peer at ${address} does not answer: ${outcome.message}`,
+        { cause: outcome },
+      );
+    }
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  }
+}
+
+async function callOnce(
+  address: string,
+  caller: Caller,
+  signal: AbortSignal,
+): Promise<Called | Error> {
+  const client = new Client(address, credentials.createInsecure(), {
+    ...peerChannelOptions,
+    'grpc.use_local_subchannel_pool': 1,
+  });
+  const call = client.makeServerStreamRequest(
+    partialsMethod.path,
+    partialsMethod.requestSerialize,
+    decodePartial,
+    caller,
+  );
+  call.on('close', () => {
+    client.close();
+  });
+  return new Promise((resolve) => {
+    const cancel = (): void => {
+      call.cancel();
+    };
+    signal.addEventListener('abort', cancel, { once: true });
+    call.once('metadata', (metadata) => {
+      signal.removeEventListener('abort', cancel);
+      const said = (key: string): string => metadata.get(key)[0]?.toString() ?? '';
+      resolve({
+        incoming: call,
+        itsHost: said('caravan-host'),
+        itsSegment: said('caravan-segment'),
+      });
+    });
+    call.on('error', (error: Error) => {
+      signal.removeEventListener('abort', cancel);
+      client.close();
+      resolve(error);
+    });
+  });
+}
