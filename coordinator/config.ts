@@ -72,8 +72,8 @@ const redisUrl = z.string().regex(/^(rediss?:\/\/\S+|unix:\/\/\S+)$/);
 export const settingTable = {
   model: defaulted(EMBEDDED_MODEL, {
     argument: '<model>',
-    description: 'folder of the checkpoint, or caravan-tiny',
-    rule: 'a folder',
+    description: 'folder of the checkpoint, hf:ORG/NAME, or caravan-tiny',
+    rule: 'a folder or hf:ORG/NAME',
     schema: text,
   }),
   servedModelName: optional({

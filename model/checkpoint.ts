@@ -8,6 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
 import { parseHuggingFaceConfig, type LlamaConfig } from './config.js';
+import { isHubModel, pulledModelPath } from './hub-folder.js';
 import { listSlices, type RankSlices, type TensorSlice } from './plan.js';
 import { readSafetensorsHeader } from './safetensors.js';
 import {
@@ -42,9 +43,10 @@ export function embeddedModelPath(): string {
   return candidates.find((folder) => fs.existsSync(folder)) ?? candidates[0]!;
 }
 
-/** What `--model` names: nothing or `caravan-tiny` is the embedded model, else a path. */
+/** What `--model` names: nothing or `caravan-tiny` is the embedded model, `hf:…` one that was pulled, else a path. */
 export function resolveModelPath(model: string | undefined): string {
   if (model === undefined || model === 'caravan-tiny') return embeddedModelPath();
+  if (isHubModel(model)) return pulledModelPath(model, process.env);
   if (!fs.existsSync(model)) {
     throw new CaravanError('invalid_checkpoint', `--model ${model}: no such file or folder`);
   }

@@ -6,6 +6,7 @@ import { CaravanError } from '../../proto/errors.js';
 import { evaluate, type Evaluation } from '../evaluation.js';
 import { withLocalGroup } from '../local-group.js';
 import { openModelTokenizer } from '../model-tokenizer.js';
+import { encodePrompt } from '../prompt.js';
 import { checked, declareSettings } from './options.js';
 
 const tokenFile = z.array(z.number().int().nonnegative()).min(1);
@@ -20,7 +21,7 @@ export function register(program: Command): void {
       'Computes logits, argmax and perplexity of given tokens in one teacher-forced pass.',
     )
     .option('--tokens <file>', 'JSON file with an array of token ids')
-    .option('--text <file>', 'text file; BOS is put before it')
+    .option('--text <file>', 'text file; BOS is put before it, where the model knows one')
     .option(
       '--chunk <tokens>',
       'tokens of one prefill chunk (default: all at once)',
@@ -51,13 +52,13 @@ export function register(program: Command): void {
   });
 }
 
-function readTokens(model: string, own: { tokens?: string; text?: string }): number[] {
+function readTokens(model: string, own: { tokens?: string; text?: string }): readonly number[] {
   if ((own.tokens === undefined) === (own.text === undefined)) {
     throw new CaravanError('bad_usage', 'eval needs either --tokens FILE.json or --text FILE');
   }
   if (own.text !== undefined) {
     const tokenizer = openModelTokenizer(model);
-    return [tokenizer.bosTokenId, ...tokenizer.encode(readFile('--text', own.text))];
+    return encodePrompt(readFile('--text', own.text), tokenizer).ids;
   }
   const file = own.tokens!;
   const parsed = tokenFile.safeParse(parseJson(file, readFile('--tokens', file)));

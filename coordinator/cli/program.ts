@@ -9,6 +9,7 @@ import { register as registerGateway } from './gateway.js';
 import { register as registerGenerate } from './generate.js';
 import { register as registerInspect } from './inspect.js';
 import { register as registerJobs } from './jobs.js';
+import { pullNamedModel, register as registerPull } from './pull.js';
 import { register as registerResult } from './result.js';
 import { register as registerSubmit } from './submit.js';
 import { register as registerTokenize } from './tokenize.js';
@@ -27,6 +28,7 @@ const commands = [
   registerCancel,
   registerCoordinator,
   registerGateway,
+  registerPull,
   registerDoctor,
 ];
 
@@ -48,5 +50,6 @@ export function createProgram(): Command {
     .configureOutput({ outputError: () => undefined })
     .exitOverride();
   for (const register of commands) register(program);
+  program.hook('preAction', (_, command) => pullNamedModel(command));
   return program;
 }
