@@ -1,5 +1,4 @@
 import assert from 'node:assert/strict';
-import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
@@ -52,32 +51,6 @@ void test('any text comes back from its tokens', () => {
     assert.equal(tokenizer.decode(tokenizer.encode(text)), text);
   }
 });
-
-void test(
-  'ids agree with the SentencePiece tool on random texts',
-  {
-    skip:
-      spawnSync('spm_encode', ['--help']).error === undefined ? false : 'spm_encode is not here',
-  },
-  () => {
-    const random = new Random(2);
-    const texts = Array.from({ length: 2000 }, () =>
-      random.text(1 + random.below(40)).replace(/[\n\r\t]/g, ' '),
-    );
-    const models = [tinyModel, sharedPath(llama2)].filter((file) => fs.existsSync(file));
-    for (const model of models) {
-      const tokenizer = open(model);
-      const { stdout } = spawnSync('spm_encode', [`--model=${model}`, '--output_format=id'], {
-        input: `${texts.join('\n')}\n`,
-        encoding: 'utf8',
-      });
-      const lines = stdout.split('\n');
-      texts.forEach((text, i) => {
-        assert.equal(tokenizer.encode(text).join(' '), lines[i], JSON.stringify(text));
-      });
-    }
-  },
-);
 
 void test('a long text is tokenized in less than quadratic time', () => {
   const tokenizer = open(tinyModel);
