@@ -199,6 +199,29 @@ function oneOf(id: number | undefined): readonly [number] {
  */
 const privateSpelling = (id: number): string => `\udc00${id}\udc01`;
 
+/**
+ * A pre-tokenizer with `Digits` written as a pattern: in the library it splits at 0 to 9 alone, in the original at every
+ * number of Unicode, ² and ¼ among them.
+ */
+function splitNumbers(preTokenizer: unknown): unknown {
+  if (typeof preTokenizer !== 'object' || preTokenizer === null) return preTokenizer;
+  const {
+    type,
+    pretokenizers,
+    individual_digits: isEach,
+  } = preTokenizer as {
+    type?: unknown;
+    pretokenizers?: unknown;
+    individual_digits?: unknown;
+  };
+  if (type === 'Digits') {
+    const pattern = { Regex: isEach === true ? '\\p{N}' : '\\p{N}+' };
+    return { type: 'Split', pattern, behavior: 'Isolated', invert: false };
+  }
+  if (!Array.isArray(pretokenizers)) return preTokenizer;
+  return { ...preTokenizer, pretokenizers: pretokenizers.map(splitNumbers) };
+}
+
 /** The library, which knows the control tokens by their private spellings alone. */
 function openLibrary(
   json: unknown,
@@ -213,8 +236,8 @@ function openLibrary(
     return new HuggingFaceTokenizer(
       {
         normalizer: null,
-        pre_tokenizer: null,
         ...file,
+        pre_tokenizer: splitNumbers(file['pre_tokenizer'] ?? null),
         decoder: null,
         post_processor: null,
         model: {

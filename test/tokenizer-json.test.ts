@@ -47,6 +47,8 @@ void test('byte-level BPE: merges go by their order, within words', () => {
   const pieces = (text: string) => tokenizer.encode(text).map((id) => tokenizer.pieceOf(id));
   assert.deepEqual(pieces('hello the end'), ['hello', 'Ġth', 'e', 'Ġ', 'end']);
   assert.deepEqual(pieces('12'), ['1', '2']);
+  // Numbers of any script stand alone, the space before them too.
+  assert.deepEqual(pieces('a ¼²'), ['a', 'Ġ', 'Â', '¼', 'Â', '²']);
   assert.deepEqual(pieces('é'), ['Ã', '©']);
 });
 
