@@ -53,11 +53,13 @@ export class ProgressBar {
   /** Draws the last state and leaves it standing. */
   end(): void {
     this.#note = '';
-    if (this.#totalBytes > 0) this.#draw(true);
+    this.#draw(true);
     if (this.#screen.isTTY === true && Number.isFinite(this.#drawnMs)) this.#screen.write('\n');
   }
 
   #draw(isLast: boolean): void {
+    // Nothing is known yet, or nothing is to come.
+    if (this.#totalBytes === 0) return;
     const nowMs = performance.now();
     const isTerminal = this.#screen.isTTY === true;
     if (!isLast && nowMs - this.#drawnMs < (isTerminal ? DRAW_EVERY_MS : LINE_EVERY_MS)) return;
