@@ -1,8 +1,9 @@
 /** The tokenizer of a checkpoint on disk, and its way of chatting. */
 import fs from 'node:fs';
 import { openChatTemplate, type ChatTemplate } from '../model/chat-template.js';
-import { openCheckpoint, readFolderTokenizer, resolveModelPath } from '../model/checkpoint.js';
+import { openCheckpoint, resolveModelPath } from '../model/checkpoint.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
+import { readFolderTokenizer } from '../model/tokenizer-files.js';
 
 /**
  * Needs only the tokenizer's files of a folder, not its weights.

@@ -9,7 +9,8 @@ import { Journal, type Take } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { ModelCard } from '../coordinator/request.js';
 import { Store } from '../coordinator/store.js';
-import { embeddedModelPath, readFolderTokenizer } from '../model/checkpoint.js';
+import { embeddedModelPath } from '../model/checkpoint.js';
+import { readFolderTokenizer } from '../model/tokenizer-files.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { startRedis, type RedisServer } from './redis-server.js';
 
