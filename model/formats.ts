@@ -3,6 +3,7 @@
  * elements; a plain element is a block of one.
  */
 import { elementFormats } from './elements.js';
+import { blockFormats } from './gguf-blocks.js';
 
 export interface StorageFormat {
   /** Neighbours in a row that are stored together. */
@@ -23,7 +24,9 @@ export interface StorageFormat {
   ): void;
 }
 
-const formats: ReadonlyMap<string, StorageFormat> = new Map(Object.entries(elementFormats));
+const formats: ReadonlyMap<string, StorageFormat> = new Map(
+  Object.entries<StorageFormat>({ ...elementFormats, ...blockFormats }),
+);
 
 /** The format of this name, or undefined when Caravan cannot read it. */
 export const formatOf = (name: string): StorageFormat | undefined => formats.get(name);
