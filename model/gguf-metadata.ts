@@ -61,7 +61,7 @@ export class GgufMetadata {
 
   numbers(key: string): GgufNumbers | undefined {
     return this.#read(key, 'a list of numbers', (value) =>
-      ArrayBuffer.isView(value) ? (value) : undefined,
+      ArrayBuffer.isView(value) ? value : undefined,
     );
   }
 
