@@ -9,6 +9,7 @@ import type { LlamaConfig } from './config.js';
 import { isGguf, openGguf } from './gguf.js';
 import { openHuggingFace } from './huggingface.js';
 import { isHubModel, pulledModelPath } from './hub-folder.js';
+import { isMeta, openMeta } from './meta.js';
 import { listSlices, type RankSlices, type TensorSlice } from './plan.js';
 import { partBytes, partsOf, type SlicePart, type TensorSource } from './stored-tensor.js';
 
@@ -52,6 +53,7 @@ export function resolveModelPath(model: string | undefined): string {
  */
 export function openCheckpoint(model: string): Checkpoint {
   if (isGguf(model)) return openGguf(model);
+  if (isMeta(model)) return openMeta(model);
   return openHuggingFace(model);
 }
 
