@@ -1,0 +1,177 @@
+/**
+ * A model gives the same tokens and logits from Meta's layout as from Hugging Face's, however many files it is cut
+ * into, and however many ranks read them. CARAVAN_LONG=1 tries all combinations.
+ */
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test, type TestContext } from 'node:test';
+import { evaluate } from '../coordinator/evaluation.js';
+import { openModelTokenizer } from '../coordinator/model-tokenizer.js';
+import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
+import { readTinyGolden, sharedGolden } from './golden.js';
+import { rewriteAsMeta } from './meta-checkpoint.js';
+import { Oracle, prefill } from './oracle.js';
+import { RankPool } from './rank-pool.js';
+import { sharedPath, skipWithout } from './shared.js';
+
+const isLong = process.env['CARAVAN_LONG'] === '1';
+const LIMITS = { maxSeqLen: 320, maxBatchSize: 1, maxStepRows: 320 };
+const TOLERANCE = 2e-4;
+/**
+ * Of the largest logit, where weights were rounded to bfloat16. In float64, too, this rounding alone moves logits of
+ * stories260K by up to 0.087, of at most 19.3: nearer than that no reader of such files comes.
+ */
+const ROUNDED_TOLERANCE = 2e-2;
+
+const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-meta-'));
+const pool = new RankPool();
+after(async () => {
+  await pool.stop();
+  fs.rmSync(scratch, { recursive: true });
+});
+
+interface Golden {
+  readonly ids: readonly number[];
+  /** By position: (vocabulary). */
+  readonly logits: ReadonlyMap<number, readonly number[]>;
+  /** Most likely next token, from position `firstArgmax`. */
+  readonly argmax: readonly number[];
+  readonly firstArgmax: number;
+}
+
+/** The largest difference of logits, after checking the tokens. */
+async function differ(folder: string, tp: number, golden: Golden): Promise<number> {
+  const { ids, logits, argmax, firstArgmax } = golden;
+  const found = await pool.withGroup(folder, { tp, ...LIMITS }, ({ ranks }) =>
+    evaluate(ranks, ids, ids.length, [...logits.keys()], LIMITS.maxSeqLen),
+  );
+  assert.deepEqual(found.argmax.slice(firstArgmax, firstArgmax + argmax.length), argmax);
+  let most = 0;
+  for (const [position, expected] of logits) {
+    const row = found.logits.get(position)!;
+    assert.equal(row.length, expected.length);
+    expected.forEach((logit, id) => (most = Math.max(most, Math.abs(row[id]! - logit))));
+  }
+  return most;
+}
+
+const storiesGoldens = (): Golden[] => sharedGolden.read().map((g) => ({ ...g, firstArgmax: 0 }));
+
+const tinyGoldens = (): Golden[] =>
+  readTinyGolden().map(({ promptIds, ids, firstLogits }) => ({
+    ids: [...promptIds, ...ids.slice(0, -1)],
+    logits: new Map([[promptIds.length - 1, firstLogits]]),
+    argmax: ids,
+    firstArgmax: promptIds.length - 1,
+  }));
+
+const all = [1, 2, 4].flatMap((mp) => [1, 2, 3, 4, 8].map((tp) => ({ mp, tp })));
+const few = [
+  { mp: 1, tp: 2 },
+  { mp: 2, tp: 3 },
+  { mp: 4, tp: 1 },
+  { mp: 4, tp: 8 },
+];
+
+/** Rewrites a checkpoint for every mp and compares it at every tp. */
+async function assertSame(
+  t: TestContext,
+  from: string,
+  format: 'F32' | 'F16' | 'BF16',
+  goldens: readonly Golden[],
+  tolerance: number,
+): Promise<void> {
+  let most = 0;
+  for (const { mp, tp } of isLong ? all : few) {
+    const folder = path.join(scratch, `${path.basename(from)}-${format}-${mp}`);
+    if (!fs.existsSync(folder)) await rewriteAsMeta(folder, from, mp, format);
+    for (const golden of isLong ? goldens : goldens.slice(-1)) {
+      const difference = await differ(folder, tp, golden);
+      assert.ok(difference < tolerance, `mp ${mp}, tp ${tp}: ${difference}`);
+      most = Math.max(most, difference);
+    }
+  }
+  t.diagnostic(`${format}: largest difference ${most.toExponential(1)}`);
+}
+
+void test(
+  'stories260K in files of Meta’s layout: golden tokens and logits',
+  { skip: skipWithout(sharedGolden.file) },
+  async (t) => {
+    await assertSame(t, sharedPath(sharedGolden.model), 'F32', storiesGoldens(), TOLERANCE);
+  },
+);
+
+void test(
+  'stories260K in bfloat16 files of Meta’s layout: golden tokens, and the oracle’s logits of such weights',
+  { skip: skipWithout(sharedGolden.file) },
+  async (t) => {
+    const from = sharedPath(sharedGolden.model);
+    const goldens = storiesGoldens();
+    const largest = Math.max(...goldens.flatMap(({ logits }) => [...logits.values()].flat()));
+    await assertSame(t, from, 'BF16', goldens, ROUNDED_TOLERANCE * largest);
+    const rounded = path.join(scratch, 'rounded');
+    roundToBfloat16(rounded, from);
+    const oracle = new Oracle(rounded);
+    const exact = goldens.map((golden) => {
+      const position = golden.ids.length - 1;
+      return { ...golden, logits: new Map([[position, [...prefill(oracle, golden.ids).logits]]]) };
+    });
+    await assertSame(t, from, 'BF16', exact, TOLERANCE);
+  },
+);
+
+/** The same checkpoint with float32 weights that bfloat16 can hold. */
+function roundToBfloat16(folder: string, from: string): void {
+  fs.cpSync(from, folder, { recursive: true });
+  const file = path.join(folder, 'model.safetensors');
+  const bytes = fs.readFileSync(file);
+  const start = 8 + Number(bytes.readBigUInt64LE(0));
+  for (let at = start; at < bytes.length; at += 4) {
+    const bits = bytes.readUInt32LE(at);
+    const half = (bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16;
+    bytes.writeUInt32LE((half << 16) >>> 0, at);
+  }
+  fs.rmSync(file);
+  fs.writeFileSync(file, bytes);
+}
+
+void test('caravan-tiny in files of Meta’s layout: the oracle’s tokens and logits', async (t) => {
+  for (const format of ['F32', 'F16'] as const) {
+    await assertSame(t, embeddedModelPath(), format, tinyGoldens(), TOLERANCE);
+  }
+});
+
+void test('matrices that lie column by column, in one shared storage, are the same', async () => {
+  const folder = path.join(scratch, 'transposed');
+  await rewriteAsMeta(folder, embeddedModelPath(), 2, 'F32', true);
+  const sources = [...openCheckpoint(folder).tensors.values()];
+  assert.ok(sources.some(({ pieces }) => pieces[0]!.strides?.[0] === 1));
+  for (const tp of [1, 3]) {
+    const difference = await differ(folder, tp, tinyGoldens()[0]!);
+    assert.ok(difference < TOLERANCE, String(difference));
+  }
+});
+
+const real = 'models/stories260k/meta-mp2';
+for (const tp of isLong ? [1, 2, 3, 4, 8] : [1, 3]) {
+  void test(`files that torch.save wrote, at tp ${tp}`, { skip: skipWithout(real) }, async () => {
+    for (const golden of storiesGoldens()) {
+      const difference = await differ(sharedPath(real), tp, golden);
+      assert.ok(difference < TOLERANCE, String(difference));
+    }
+  });
+}
+
+void test('tokenizer.model may lie one folder above', async () => {
+  const home = path.join(scratch, 'home');
+  const folder = path.join(home, 'llama-tiny');
+  await rewriteAsMeta(folder, embeddedModelPath(), 1, 'F16');
+  fs.renameSync(path.join(folder, 'tokenizer.model'), path.join(home, 'tokenizer.model'));
+  const expected = openModelTokenizer(embeddedModelPath());
+  assert.equal(openCheckpoint(folder).config.vocabSize, expected.vocabSize);
+  const text = 'A caravan at night';
+  assert.deepEqual(openModelTokenizer(folder).encode(text), expected.encode(text));
+});
