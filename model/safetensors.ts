@@ -7,12 +7,15 @@ import path from 'node:path';
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
 import { formatOf } from './formats.js';
+import { quoted } from './quoted.js';
 import type { StoredTensor } from './stored-tensor.js';
 
 const MAX_HEADER_BYTES = 100_000_000;
+/** Names stand in messages: one line, and not long. */
+const tensorName = /^[^\p{Cc}\p{Zl}\p{Zp}]{1,400}$/u;
 
 const entry = z.object({
-  dtype: z.string(),
+  dtype: z.string().regex(/^\w{1,20}$/, 'is no name of a dtype'),
   shape: z.array(z.number().int().nonnegative()),
   data_offsets: z.tuple([z.number().int().nonnegative(), z.number().int().nonnegative()]),
 });
@@ -58,6 +61,7 @@ export function readSafetensorsHeader(file: string): SafetensorsHeader {
     const tensors = new Map<string, StoredTensor>();
     for (const [tensor, value] of Object.entries(json)) {
       if (tensor === '__metadata__') continue;
+      if (!tensorName.test(tensor)) fail(`${quoted(tensor)} is no name of a tensor`);
       const parsed = entry.safeParse(value);
       if (!parsed.success) {
         const issue = parsed.error.issues[0];

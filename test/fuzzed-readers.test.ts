@@ -1,0 +1,138 @@
+/**
+ * Readers of .pth, safetensors and SentencePiece files against damaged input. CARAVAN_LONG=1 tries 100,000 inputs and
+ * more a reader.
+ */
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import path from 'node:path';
+import { test } from 'node:test';
+import { embeddedModelPath } from '../model/checkpoint.js';
+import { formatOf } from '../model/formats.js';
+import { readPthFile } from '../model/pth.js';
+import { readSafetensorsHeader } from '../model/safetensors.js';
+import { parseSentencePieceModel } from '../model/sentencepiece.js';
+import type { StoredTensor } from '../model/stored-tensor.js';
+import { fuzz, spellReport, type FuzzTarget } from './fuzz.js';
+import { pickleOf, pthBytes, type PthTensor } from './pth-writer.js';
+
+const isLong = process.env['CARAVAN_LONG'] === '1';
+const COUNT = isLong ? 120_000 : 6_000;
+
+/** Whatever was taken lies within its file; of formats that no slice is read of, the bytes that are named. */
+function assertWithin(tensors: ReadonlyMap<string, StoredTensor>, fileBytes: number): void {
+  for (const [name, { shape, strides, format, offset, byteCount }] of tensors) {
+    const known = formatOf(format);
+    if (known === undefined) {
+      assert.ok(offset >= 0 && byteCount >= 0 && offset + byteCount <= fileBytes, name);
+      continue;
+    }
+    if (shape.includes(0)) continue;
+    const last =
+      strides === undefined
+        ? shape.reduce((product, n) => product * n, 1) - 1
+        : (shape[0]! - 1) * strides[0] + (shape[1]! - 1) * strides[1];
+    assert.ok(offset >= 0 && offset + (last + 1) * known.blockBytes <= fileBytes, name);
+  }
+}
+
+const storage = (key: string, format: 'F32' | 'BF16', elementCount: number) => ({
+  ...{ key, format, elementCount },
+  bytes: new Uint8Array(elementCount * (format === 'F32' ? 4 : 2)).fill(7),
+});
+const shared = storage('1', 'BF16', 24);
+const tensors: PthTensor[] = [
+  { name: 'layers.0.attention.wq.weight', storage: storage('0', 'F32', 12), shape: [3, 4] },
+  { name: 'layers.0.attention.wo.weight', storage: shared, shape: [4, 3], strides: [1, 4] },
+  { name: 'norm.weight', storage: shared, shape: [12], start: 12 },
+];
+
+const pth: FuzzTarget = {
+  seeds: [
+    pthBytes(tensors),
+    pthBytes(tensors.slice(0, 1)),
+    pthBytes(
+      tensors,
+      Buffer.concat([Buffer.from([0x80, 4, 0x95]), Buffer.alloc(8), pickleOf(tensors).subarray(2)]),
+    ),
+  ],
+  words: [
+    'PK\x01\x02',
+    'PK\x03\x04',
+    'PK\x05\x06',
+    'PK\x06\x06',
+    'cos\nsystem\n',
+    'ctorch\nHalfStorage\n',
+    'ctorch._utils\n_rebuild_parameter\n',
+    ...['(', 't', 'R', 'Q', 'u', 's', 'b', '}', ']', ')', '.', 'N', '0', 'e', 'a', 'X', 'j'],
+    ...[0x81, 0x85, 0x86, 0x87, 0x8a, 0x93, 0x94].map((byte) => Uint8Array.of(byte)),
+  ],
+  isFile: true,
+  read: (input, file) => {
+    assertWithin(readPthFile(file).tensors, input.length);
+  },
+};
+
+function safetensorsBytes(header: object, dataBytes: number): Buffer {
+  const text = Buffer.from(JSON.stringify(header));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(text.length));
+  return Buffer.concat([length, text, Buffer.alloc(dataBytes, 3)]);
+}
+
+const safetensors: FuzzTarget = {
+  seeds: [
+    safetensorsBytes(
+      {
+        __metadata__: { format: 'pt' },
+        'model.norm.weight': { dtype: 'F32', shape: [4], data_offsets: [0, 16] },
+        'lm_head.weight': { dtype: 'BF16', shape: [2, 4], data_offsets: [16, 32] },
+      },
+      32,
+    ),
+    safetensorsBytes({ a: { dtype: 'I64', shape: [], data_offsets: [0, 8] } }, 8),
+    safetensorsBytes({}, 0),
+  ],
+  words: [
+    ...['"', '{', '}', '[', ']', ',', ':', '-1', '1e400', '9007199254740993', 'null', 'true'],
+    ...['\\n', '\\u2028', '"__proto__":', '"dtype"', '"shape"', '"data_offsets"', '[[[[[['],
+  ],
+  isFile: true,
+  read: (input, file) => {
+    assertWithin(readSafetensorsHeader(file).tensors, input.length);
+  },
+};
+
+const model = fs.readFileSync(path.join(embeddedModelPath(), 'tokenizer.model'));
+const sentencePiece: FuzzTarget = {
+  // Whole, and its first pieces alone, where a damage hits more.
+  seeds: [model, model.subarray(0, 200), model.subarray(-120)],
+  words: [
+    Uint8Array.of(0x0a),
+    Uint8Array.of(0x12),
+    Uint8Array.of(0x1a),
+    Uint8Array.of(0xff, 0xff, 0xff, 0xff, 0x0f),
+    Uint8Array.of(0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01),
+    Uint8Array.of(0x18, 0x06),
+    '<0x41>',
+    '<s>',
+  ],
+  isFile: false,
+  read: (input) => {
+    const { pieces } = parseSentencePieceModel(input, 'tokenizer.model');
+    assert.ok(pieces.length <= input.length);
+  },
+};
+
+for (const [name, target] of Object.entries({
+  pth,
+  safetensors,
+  'tokenizer.model': sentencePiece,
+})) {
+  void test(`${name}: ${COUNT} damaged inputs are taken or refused in one line`, (t) => {
+    const report = fuzz(target, COUNT, 20_231);
+    t.diagnostic(spellReport(report));
+    // Damages that change nothing of importance, and many that do.
+    assert.ok(report.accepted > COUNT / 100, String(report.accepted));
+    assert.ok(report.refusals.size > 8, String(report.refusals.size));
+  });
+}
