@@ -12,6 +12,7 @@ import {
 } from '../../model/plan.js';
 import type { Checkpoint } from '../../model/checkpoint.js';
 import { shapeOf } from '../../model/stored-tensor.js';
+import { verifyChecklist } from '../checklist.js';
 import { groupSpec, DEFAULT_MAX_STEP_ROWS } from '../local-group.js';
 import { declareSettings } from './options.js';
 
@@ -19,7 +20,8 @@ export function register(program: Command): void {
   const command = program
     .command('inspect')
     .description('Shows what a checkpoint is, the plan of every rank, and whether it fits.')
-    .option('--slices', 'list every tensor slice of every rank');
+    .option('--slices', 'list every tensor slice of every rank')
+    .option('--verify', "hold Meta's files to checklist.chk first");
   const settings = declareSettings(command, [
     'model',
     'tp',
@@ -30,16 +32,22 @@ export function register(program: Command): void {
     'maxBatchSize',
     'json',
   ]);
-  command.action(() => {
+  command.action(async () => {
     const { model, tp, maxSeqLen, maxBatchSize, json } = settings();
-    const { slices: showsSlices } = command.opts<{ slices?: true }>();
-    const checkpoint = openCheckpoint(resolveModelPath(model));
+    const { slices: showsSlices, verify } = command.opts<{ slices?: true; verify?: true }>();
+    const path = resolveModelPath(model);
+    // Before anything is read that may be damaged.
+    const verified =
+      verify === true
+        ? await verifyChecklist(path, process.stderr.isTTY ? process.stderr : null)
+        : null;
+    const checkpoint = openCheckpoint(path);
     const spec = groupSpec(checkpoint, {
       maxSeqLen,
       maxBatchSize,
       maxStepRows: DEFAULT_MAX_STEP_ROWS,
     });
-    const report = describe(checkpoint, tp, spec.maxSeqLen, maxBatchSize);
+    const report = { ...describe(checkpoint, tp, spec.maxSeqLen, maxBatchSize), verified };
     if (json) process.stdout.write(`${JSON.stringify(report)}\n`);
     else process.stdout.write(toText(report, showsSlices === true));
   });
@@ -73,7 +81,8 @@ function describe(checkpoint: Checkpoint, tp: number, maxSeqLen: number, maxBatc
   };
 }
 
-type Report = ReturnType<typeof describe>;
+/** `verified`: files that are as their checklist says; null if that was not asked for. */
+type Report = ReturnType<typeof describe> & { readonly verified: readonly string[] | null };
 
 function describeRank(
   checkpoint: Checkpoint,
@@ -122,6 +131,9 @@ function toText(report: Report, showsSlices: boolean): string {
     `  tp ${report.tp} (legal: 1 to ${report.legalTp.most}), weights ${report.weights}, ` +
       `${report.maxBatchSize} slots of ${report.maxSeqLen} positions`,
   ];
+  if (report.verified !== null) {
+    lines.push(`  as checklist.chk says: ${report.verified.join(', ')}`);
+  }
   for (const rank of report.ranks) {
     lines.push(
       `  rank ${rank.rank}: query heads ${span(rank.queryHeads)}, KV heads ${span(rank.kvHeads)}, ` +
