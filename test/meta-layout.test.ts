@@ -10,6 +10,7 @@ import { after, test, type TestContext } from 'node:test';
 import { evaluate } from '../coordinator/evaluation.js';
 import { openModelTokenizer } from '../coordinator/model-tokenizer.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
+import { runCliJson } from './cli.js';
 import { readTinyGolden, sharedGolden } from './golden.js';
 import { rewriteAsMeta } from './meta-checkpoint.js';
 import { Oracle, prefill } from './oracle.js';
@@ -163,6 +164,28 @@ for (const tp of isLong ? [1, 2, 3, 4, 8] : [1, 3]) {
       assert.ok(difference < TOLERANCE, String(difference));
     }
   });
+}
+
+for (const tp of isLong ? [1, 2, 3, 4, 8] : [3]) {
+  void test(
+    `the golden text comes from them at tp ${tp}`,
+    { skip: skipWithout(real) },
+    async () => {
+      const args = [
+        'generate',
+        '--model',
+        sharedPath(real),
+        '--tp',
+        String(tp),
+        '--temperature',
+        '0',
+      ];
+      args.push('--ignore-eos', '--max-tokens', '200');
+      const { text } = (await runCliJson(args)) as { text: string };
+      const golden = fs.readFileSync(sharedPath(sharedGolden.text), 'utf8');
+      assert.equal(text.trimEnd(), golden.trimEnd());
+    },
+  );
 }
 
 void test('tokenizer.model may lie one folder above', async () => {
