@@ -9,7 +9,13 @@
  */
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
-import { SampledRows, type Chunk, type Step, type StepResult } from '../proto/gen/cluster.js';
+import {
+  SampledRows,
+  type Adjustment,
+  type Chunk,
+  type Step,
+  type StepResult,
+} from '../proto/gen/cluster.js';
 import { coin, purpose } from './coin.js';
 import type { Ranks } from './ranks.js';
 import type { FinishReason, Request } from './request.js';
@@ -79,6 +85,19 @@ export interface StepFigures {
   readonly waitMs: number;
   /** The longest time that a rank did not serve the network. */
   readonly stretchMs: number;
+}
+
+/** What ranks are told of a request's adjustment. */
+function adjustmentOf({ promptTokenIds, sampling }: Request): Adjustment | undefined {
+  const { adjustment } = sampling;
+  if (adjustment === undefined) return undefined;
+  const { biases, ...penalties } = adjustment;
+  return {
+    ...penalties,
+    promptLength: promptTokenIds.length,
+    biasIds: biases.map(([id]) => id),
+    biases: biases.map(([, bias]) => bias),
+  };
 }
 
 /** A first guess until steps have been measured. */
@@ -222,6 +241,7 @@ export class RankEngine implements Engine {
       joins: starting.map(({ slot, spec }) => ({
         slot,
         temperature: spec.request.sampling.temperature,
+        adjustment: adjustmentOf(spec.request),
       })),
       decodeSlots: decodes.map(({ slot }) => slot),
       decodeTokens: decodes.map(({ decodeToken }) => decodeToken),
@@ -271,7 +291,7 @@ export class RankEngine implements Engine {
     const token =
       pickToken(candidates, sampling, drawn) ??
       pickToken(
-        wholeRowCandidates(await this.#ranks.fetchRow(stepNumber, row), candidates.lse),
+        wholeRowCandidates(await this.#ranks.fetchRow(stepNumber, row, 'adjusted'), candidates.lse),
         sampling,
         drawn,
       );

@@ -9,7 +9,7 @@ import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import { encodePrompt } from './prompt.js';
-import type { JobTerms, ModelCard, Request } from './request.js';
+import type { JobTerms, ModelCard, Request, Sampling } from './request.js';
 
 /** A model that can be asked: its card, its tokenizer and its way of chatting. */
 export interface ServedModel {
@@ -43,6 +43,11 @@ const common = {
   temperature: maybe(z.number().min(0).max(2)),
   top_p: maybe(z.number().gt(0).max(1)),
   top_k: maybe(z.number().int().min(0)),
+  min_p: maybe(z.number().min(0).max(1)),
+  presence_penalty: maybe(z.number().min(-2).max(2)),
+  frequency_penalty: maybe(z.number().min(-2).max(2)),
+  repetition_penalty: maybe(z.number().gt(0).max(10)),
+  logit_bias: maybe(z.record(z.string().regex(/^\d{1,9}$/), z.number().min(-100).max(100))),
   seed: maybe(z.number().int()),
   stop: maybe(
     z.union([stopText, z.array(stopText).max(MAX_STOPS)], {
@@ -95,11 +100,6 @@ const unsupported: Readonly<Record<string, (value: unknown) => boolean>> = {
   top_logprobs: (value) => isOff(value) || value === 0,
   echo: isOff,
   suffix: (value) => isOff(value) || value === '',
-  logit_bias: (value) => isOff(value) || isEmpty(value),
-  presence_penalty: (value) => isOff(value) || value === 0,
-  frequency_penalty: (value) => isOff(value) || value === 0,
-  repetition_penalty: (value) => isOff(value) || value === 1,
-  min_p: (value) => isOff(value) || value === 0,
   response_format: (value) => isOff(value) || (value as { type?: unknown }).type === 'text',
   tools: (value) => isOff(value) || isEmpty(value),
   tool_choice: (value) => isOff(value) || value === 'none' || value === 'auto',
@@ -209,6 +209,8 @@ function finish(
         temperature: body.temperature ?? card.defaults.temperature ?? 1,
         topP: body.top_p ?? card.defaults.topP ?? 1,
         topK: body.top_k ?? card.defaults.topK ?? 0,
+        ...(body.min_p ? { minP: body.min_p } : {}),
+        ...adjustmentOf(body, card),
         seed: body.seed ?? randomInt(2 ** 47),
       },
       maxTokens: maxTokens ?? wishedTokens(card, promptTokenIds.length, room),
@@ -223,6 +225,31 @@ function finish(
     isStream: body.stream ?? false,
     includesUsage: body.stream_options?.include_usage ?? false,
   };
+}
+
+const MAX_BIASES = 1024;
+
+/** Left out where the body changes no logit: such rows cost the ranks nothing. */
+function adjustmentOf(body: Common, { vocabSize }: ModelCard): Pick<Sampling, 'adjustment'> {
+  const biases = Object.entries(body.logit_bias ?? {})
+    .map(([id, bias]) => [Number(id), bias] as const)
+    .filter(([, bias]) => bias !== 0);
+  if (biases.length > MAX_BIASES) {
+    refuse('logit_bias', `has ${biases.length} tokens; at most ${MAX_BIASES} are taken`);
+  }
+  const alien = biases.find(([id]) => id >= vocabSize)?.[0];
+  if (alien !== undefined) {
+    refuse('logit_bias', `token id ${alien} is not below the vocabulary's ${vocabSize}`);
+  }
+  if (new Set(biases.map(([id]) => id)).size < biases.length) {
+    refuse('logit_bias', 'names a token id twice');
+  }
+  const repetitionPenalty = body.repetition_penalty ?? 1;
+  const presencePenalty = body.presence_penalty ?? 0;
+  const frequencyPenalty = body.frequency_penalty ?? 0;
+  const changesNothing = repetitionPenalty === 1 && presencePenalty === 0 && frequencyPenalty === 0;
+  if (changesNothing && biases.length === 0) return {};
+  return { adjustment: { repetitionPenalty, presencePenalty, frequencyPenalty, biases } };
 }
 
 /** The most tokens of an answer to a request that does not say: the model's wish, within the context. */

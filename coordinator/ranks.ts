@@ -128,12 +128,14 @@ export class Ranks {
     });
   }
 
-  /** All logits, (vocabulary), of a sampled row of the last step. */
-  async fetchRow(stepNumber: number, row: number): Promise<Float32Array> {
-    const answers = await this.#askAll(() => ({
-      $case: 'fetchRow',
-      fetchRow: { stepNumber, row },
-    }));
+  /** All logits, (vocabulary), of a sampled row of the last step: as the model gave them, or as adjusted. */
+  async fetchRow(
+    stepNumber: number,
+    row: number,
+    kind: 'raw' | 'adjusted' = 'raw',
+  ): Promise<Float32Array> {
+    const fetchRow = { stepNumber, row, isAdjusted: kind === 'adjusted' };
+    const answers = await this.#askAll(() => ({ $case: 'fetchRow', fetchRow }));
     const logits = new Float32Array(this.vocabCounts.reduce((sum, count) => sum + count, 0));
     let at = 0;
     answers.forEach((answer, rank) => {

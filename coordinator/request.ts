@@ -11,8 +11,24 @@ export interface Sampling {
   readonly topP: number;
   /** Keep the topK most likely tokens; 0 keeps all. */
   readonly topK: number;
+  /** Keep tokens that are at least this many times as likely as the most likely one. (0, 1]; left out keeps all. */
+  readonly minP?: number;
+  /** How logits are changed before anything else; left out where they are not. */
+  readonly adjustment?: LogitAdjustment;
   /** Safe integer; the same seed draws the same coins. Drawn at submit when the client gave none. */
   readonly seed: number;
+}
+
+/** Logits are changed in this order: the repetition penalty, the other two, the bias; then comes the temperature. */
+export interface LogitAdjustment {
+  /** Logits of tokens in prompt or answer are divided by it where positive, else multiplied. (0, 10]; 1 for none. */
+  readonly repetitionPenalty: number;
+  /** Taken from the logits of tokens in the answer, once. -2 to 2. */
+  readonly presencePenalty: number;
+  /** Taken from the logits of tokens in the answer, as often as they are there. -2 to 2. */
+  readonly frequencyPenalty: number;
+  /** Added to the logits of single tokens: [id, -100 to 100], each id once. */
+  readonly biases: readonly (readonly [tokenId: number, bias: number])[];
 }
 
 export interface Request {

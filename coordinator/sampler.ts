@@ -85,40 +85,53 @@ export function logSumExp(xs: readonly number[]): number {
  * The token that the coin falls on, or null when it cannot be told without the whole row.
  *
  * Temperature 0 takes the largest logit. Otherwise probabilities are softmax(logit / temperature); top_k
- * keeps the K largest and renormalises; top_p then keeps a token while the sum before it is ≤ p (the
- * token that crosses p stays), as Meta's reference does; the CDF of what is left is inverted in falling
- * order.
+ * keeps the K largest, min_p those that are not too far below the largest, and both renormalise; top_p then
+ * keeps a token while the sum before it is ≤ p (the token that crosses p stays), as Meta's reference does; the
+ * CDF of what is left is inverted in falling order.
  *
  * @param coin in [0, 1).
  */
 export function pickToken(
   candidates: Candidates,
-  { temperature, topP, topK }: Omit<Sampling, 'seed'>,
+  { temperature, topP, topK, minP }: Omit<Sampling, 'seed'>,
   coin: number,
 ): number | null {
   const { ids, logits, lse, isWhole } = candidates;
   if (temperature === 0) return ids[0]!;
-  const limit = topK > 0 && topK < ids.length ? topK : ids.length;
-  if (topK > ids.length && !isWhole) return null;
   const probability = (i: number): number => Math.exp(logits[i]! / temperature - lse);
 
-  let topKMass = 1;
-  if (topK > 0) {
-    topKMass = 0;
-    for (let i = 0; i < limit; i += 1) topKMass += probability(i);
+  // What top_k and min_p keep: candidates 0 to limit - 1.
+  const isCutByTopK = topK > 0 && topK <= ids.length;
+  let limit = isCutByTopK ? topK : ids.length;
+  let isCut = isCutByTopK;
+  if (minP !== undefined) {
+    const leastLogit = logits[0]! + temperature * Math.log(minP);
+    const first = logits.findIndex((logit, i) => i < limit && logit < leastLogit);
+    if (first !== -1) {
+      limit = first;
+      isCut = true;
+    }
+  }
+  const mayBeCut = topK > 0 || minP !== undefined;
+  if (mayBeCut && !isCut && !isWhole) return null;
+
+  let keptMass = 1;
+  if (mayBeCut) {
+    keptMass = 0;
+    for (let i = 0; i < limit; i += 1) keptMass += probability(i);
   }
   // The support: candidates 0 to count - 1, with their mass.
   let count = limit;
-  let mass = topKMass;
+  let mass = keptMass;
   if (topP < 1) {
     count = 0;
     mass = 0;
-    while (count < limit && mass <= topP * topKMass) {
+    while (count < limit && mass <= topP * keptMass) {
       mass += probability(count);
       count += 1;
     }
-    const isCrossed = mass > topP * topKMass;
-    if (!isCrossed && topK === 0 && !isWhole) return null;
+    const isCrossed = mass > topP * keptMass;
+    if (!isCrossed && !mayBeCut && !isWhole) return null;
   }
   let sum = 0;
   for (let i = 0; i < count; i += 1) {
@@ -126,6 +139,6 @@ export function pickToken(
     if (sum > coin * mass) return ids[i]!;
   }
   // The coin fell beyond what is known, or (a whole support) beyond the last rounding error.
-  const isSupportKnown = isWhole || topK > 0 || topP < 1;
+  const isSupportKnown = isWhole || mayBeCut || topP < 1;
   return isSupportKnown ? ids[count - 1]! : null;
 }

@@ -62,9 +62,23 @@ const chats: readonly Case[] = [
   [{ messages: user, tools: [{ type: 'function' }] }, 'tools', /not supported/],
   [{ messages: user, functions: [{ name: 'f' }] }, 'functions', /not supported/],
   [{ messages: user, response_format: { type: 'json_object' } }, 'response_format', /json_object/],
-  [{ messages: user, logit_bias: { 5: 1 } }, 'logit_bias', /not supported/],
-  [{ messages: user, presence_penalty: 0.5 }, 'presence_penalty', /0.5 is not supported/],
-  [{ messages: user, frequency_penalty: -1 }, 'frequency_penalty', /not supported/],
+  [{ messages: user, min_p: 1.5 }, 'min_p', /<=1/],
+  [{ messages: user, logit_bias: { 5: 101 } }, 'logit_bias.5', /<=100/],
+  [{ messages: user, logit_bias: { llama: 1 } }, 'logit_bias.llama', /./],
+  [{ messages: user, logit_bias: [1] }, 'logit_bias', /record/],
+  [{ messages: user, logit_bias: { 99999: 1 } }, 'logit_bias', /99999 is not below the vocab/],
+  [{ messages: user, logit_bias: { 5: 1, '05': 1 } }, 'logit_bias', /twice/],
+  [
+    {
+      messages: user,
+      logit_bias: Object.fromEntries(Array.from({ length: 1025 }, (_, i) => [i, 1])),
+    },
+    'logit_bias',
+    /has 1025 tokens; at most 1024/,
+  ],
+  [{ messages: user, presence_penalty: 2.5 }, 'presence_penalty', /<=2/],
+  [{ messages: user, frequency_penalty: '1' }, 'frequency_penalty', /expected number/],
+  [{ messages: user, repetition_penalty: 0 }, 'repetition_penalty', />0/],
 ];
 
 const completions: readonly Case[] = [
@@ -159,6 +173,35 @@ void test('fields that ask for nothing, and unknown ones, are let pass', async (
   assert.ok(Number.isSafeInteger(sampling.seed));
   assert.equal(maxTokens, card.maxSeqLen - promptTokenIds.length);
   assert.equal(isTextStart, true);
+  leaving.abort();
+  for await (const entry of gateway.journal.read(id, 0, 0, AbortSignal.timeout(30_000))) {
+    assert.equal(entry.kind, 'end');
+  }
+});
+
+void test('penalties, biases and min_p travel with the job', async () => {
+  const leaving = new AbortController();
+  const body = {
+    prompt: 'Hi',
+    stream: true,
+    min_p: 0.1,
+    repetition_penalty: 1.2,
+    frequency_penalty: -0.5,
+    logit_bias: { 7: -100, 8: 0, 9: 2.5 },
+  };
+  const response = await gateway.post('/v1/completions', body, leaving.signal);
+  const id = response.headers.get('x-caravan-job')!;
+  const { sampling } = (await gateway.journal.job(id))!.request;
+  assert.equal(sampling.minP, 0.1);
+  assert.deepEqual(sampling.adjustment, {
+    repetitionPenalty: 1.2,
+    presencePenalty: 0,
+    frequencyPenalty: -0.5,
+    biases: [
+      [7, -100],
+      [9, 2.5],
+    ],
+  });
   leaving.abort();
   for await (const entry of gateway.journal.read(id, 0, 0, AbortSignal.timeout(30_000))) {
     assert.equal(entry.kind, 'end');

@@ -52,7 +52,8 @@ function reportsOf(
 }
 
 /** The whole row, sorted, cut and inverted, by the book. */
-function reference(row: Float32Array, { temperature, topP, topK }: Settings, drawn: number) {
+function reference(row: Float32Array, settings: Settings, drawn: number) {
+  const { temperature, topP, topK, minP } = settings;
   const ids = Array.from(row, (_, id) => id).sort((a, b) => row[b]! - row[a]! || a - b);
   if (temperature === 0) return { token: ids[0]!, isEdge: false };
   let kept = ids.map((id) => ({ id, p: Math.exp((row[id]! - row[ids[0]!]!) / temperature) }));
@@ -67,6 +68,14 @@ function reference(row: Float32Array, { temperature, topP, topK }: Settings, dra
   }
   // How near a decision comes to an edge that rounding could move.
   let nearest = 1;
+  if (minP !== undefined) {
+    const least = minP * kept[0]!.p;
+    kept = kept.filter(({ p }) => {
+      nearest = Math.min(nearest, Math.abs(p - least));
+      return p >= least;
+    });
+    normalise();
+  }
   if (topP < 1) {
     let before = 0;
     kept = kept.filter(({ p }) => {
@@ -108,6 +117,7 @@ void test('a token is the one that the whole row would give, whatever the ranks 
       temperature: random.pick([0, 0.3, 0.8, 1, 2]),
       topP: random.pick([1, 1, 0.99, 0.9, 0.5, 0.01]),
       topK: random.pick([0, 0, 1, 5, 40, 64, 100, 5000]),
+      ...random.pick([{}, {}, { minP: 1 }, { minP: 0.3 }, { minP: 0.02 }, { minP: 1e-6 }]),
     };
     const drawn = random.pick([random.next(), random.next(), 0, 0.9999999]);
     const topK = settings.temperature === 0 ? 1 : SAMPLED_TOP_K;

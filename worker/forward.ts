@@ -3,14 +3,15 @@
  * the head.
  */
 import { CaravanError } from '../proto/errors.js';
-import type { Step, StepResult } from '../proto/gen/cluster.js';
+import type { FetchRow, Step, StepResult } from '../proto/gen/cluster.js';
+import { AdjustedLogits } from './adjusted-logits.js';
 import type { AllReduce, Turn } from './all-reduce.js';
 import type { KvCache } from './kv-cache.js';
 import type { Tensor } from './ort.js';
 import type { Pacer } from './pacer.js';
 import type { Shard } from './shard.js';
 import { layOutStep, type StepLayout } from './step-layout.js';
-import { logSumExp, selectTopK } from './top-k.js';
+import { largestOf, logSumExp, selectTopK } from './top-k.js';
 import type { GroupTensors, Workspace } from './workspace.js';
 
 export class Forward {
@@ -21,10 +22,12 @@ export class Forward {
   readonly #pacer: Pacer;
   /** (slots) of the sequences in them. */
   readonly #temperatures: Float64Array;
+  readonly #adjusted: AdjustedLogits;
   #turn: Turn = 0;
   #waitMs = 0;
   #lastStep = 0;
-  #lastSampledCount = 0;
+  /** (sampled rows) slots of the last step. */
+  #lastSampledSlots: readonly number[] = [];
 
   constructor(shard: Shard, kv: KvCache, workspace: Workspace, allReduce: AllReduce, pacer: Pacer) {
     this.#shard = shard;
@@ -33,6 +36,7 @@ export class Forward {
     this.#allReduce = allReduce;
     this.#pacer = pacer;
     this.#temperatures = new Float64Array(kv.slotCount);
+    this.#adjusted = new AdjustedLogits(shard.plan.vocab);
   }
 
   /**
@@ -48,12 +52,14 @@ export class Forward {
     if (step.number !== this.#lastStep + 1) {
       throw new CaravanError('internal', `step ${step.number} follows step ${this.#lastStep}`);
     }
-    for (const { slot, temperature } of step.joins) {
+    for (const join of step.joins) {
+      const { slot, temperature } = join;
       if (slot >= this.#kv.slotCount) {
         throw new CaravanError('invalid_request', `slot ${slot}: there are ${this.#kv.slotCount}`);
       }
       this.#kv.lengths[slot] = 0;
       this.#temperatures[slot] = temperature;
+      this.#adjusted.join(join);
     }
     const layout = layOutStep(step, {
       vocabSize: this.#shard.config.vocabSize,
@@ -70,6 +76,7 @@ export class Forward {
         this.#kv.lengths[slot]! += length;
       }
     }
+    this.#feedAdjustments(step);
     const result = this.#report(step, layout);
     this.#pacer.served();
     const totalUs = 1000 * (performance.now() - startMs);
@@ -80,12 +87,27 @@ export class Forward {
   }
 
   /** This rank's slice of a sampled row's logits. @throws CaravanError `not_found` for another step. */
-  row(stepNumber: number, row: number): Float32Array {
-    if (stepNumber !== this.#lastStep || row >= this.#lastSampledCount) {
+  row({ stepNumber, row, isAdjusted }: FetchRow): Float32Array {
+    const slot = this.#lastSampledSlots[row];
+    if (stepNumber !== this.#lastStep || slot === undefined) {
       throw new CaravanError('not_found', `row ${row} of step ${stepNumber} is not kept`);
     }
+    return isAdjusted ? this.#adjusted.of(slot, this.#rawRow(row)) : this.#rawRow(row);
+  }
+
+  /** (slice) of the sampled row. */
+  #rawRow(row: number): Float32Array<ArrayBuffer> {
     const { count } = this.#shard.plan.vocab;
     return this.#workspace.logits.subarray(row * count, (row + 1) * count);
+  }
+
+  #feedAdjustments({ decodeSlots, decodeTokens, chunks }: Step): void {
+    decodeSlots.forEach((slot, i) => {
+      this.#adjusted.feed(slot, decodeTokens[i]!);
+    });
+    for (const { slot, tokens } of chunks) {
+      for (const token of tokens) this.#adjusted.feed(slot, token);
+    }
   }
 
   async #compute(layout: StepLayout): Promise<void> {
@@ -126,7 +148,7 @@ export class Forward {
       await this.#exchange(rowCount);
       h = afterFfn;
     }
-    this.#lastSampledCount = layout.sampledRows.length;
+    this.#lastSampledSlots = layout.sampledSlots;
     if (layout.sampledRows.length === 0) return;
     layout.sampledRows.forEach((row, i) => {
       workspace.sampledRows[i] = BigInt(row);
@@ -181,7 +203,6 @@ export class Forward {
 
   #report(step: Step, layout: StepLayout): StepResult {
     const { start, count } = this.#shard.plan.vocab;
-    const { logits } = this.#workspace;
     const rowCount = layout.sampledRows.length;
     const k = Math.max(1, Math.min(step.topK, count));
     const topIds = new Array<number>(rowCount * k);
@@ -190,17 +211,19 @@ export class Forward {
     const lseAdjusted = new Array<number>(rowCount);
     const targetLogits: number[] = [];
     for (let row = 0; row < rowCount; row += 1) {
-      const at = row * count;
-      selectTopK(logits, at, count, start, k, topIds, topLogits, row * k);
+      const slot = layout.sampledSlots[row]!;
+      const raw = this.#rawRow(row);
+      const adjusted = this.#adjusted.of(slot, raw);
+      selectTopK(adjusted, 0, count, start, k, topIds, topLogits, row * k);
       const max = topLogits[row * k]!;
-      const temperature = this.#temperatures[layout.sampledSlots[row]!]!;
+      const temperature = this.#temperatures[slot]!;
       const target = layout.targets[row]!;
       // A greedy row needs no probabilities, and raw ones are only for evaluation.
-      lseRaw[row] = target >= 0 ? logSumExp(logits, at, count, max, 1) : 0;
-      lseAdjusted[row] = temperature > 0 ? logSumExp(logits, at, count, max, temperature) : 0;
+      lseRaw[row] = target >= 0 ? logSumExp(raw, 0, count, largestOf(raw), 1) : 0;
+      lseAdjusted[row] = temperature > 0 ? logSumExp(adjusted, 0, count, max, temperature) : 0;
       if (layout.hasTargets) {
         const own = target - start;
-        targetLogits.push(target >= 0 && own >= 0 && own < count ? logits[at + own]! : NaN);
+        targetLogits.push(target >= 0 && own >= 0 && own < count ? raw[own]! : NaN);
       }
     }
     return {

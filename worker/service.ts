@@ -214,7 +214,7 @@ async function answer(
       return { $case: 'stepResult', stepResult: await group.forward.run(command.step) };
     case 'fetchRow': {
       const { stepNumber, row } = command.fetchRow;
-      const slice = group.forward.row(stepNumber, row);
+      const slice = group.forward.row(command.fetchRow);
       const logits = Buffer.from(slice.buffer, slice.byteOffset, slice.byteLength);
       return { $case: 'row', row: { stepNumber, row, logits } };
     }

@@ -69,6 +69,13 @@ function swap(ids: number[], values: number[], a: number, b: number): void {
   values[b] = value;
 }
 
+/** The largest logit of a slice. */
+export function largestOf(logits: Float32Array): number {
+  let max = -Infinity;
+  for (const logit of logits) if (logit > max) max = logit;
+  return max;
+}
+
 /** log Σ exp(logit / temperature) over a slice, in float64. `max` is the slice's largest logit. */
 export function logSumExp(
   logits: Float32Array,

@@ -88,14 +88,14 @@ export interface RankPartial {
 }
 
 export interface Command {
-  kind: { $case: "load"; load: Load } | { $case: "step"; step: Step } | { $case: "fetchRow"; fetchRow: FetchRow } | {
+  kind?: { $case: "load"; load: Load } | { $case: "step"; step: Step } | { $case: "fetchRow"; fetchRow: FetchRow } | {
     $case: "ping";
     ping: Ping;
   } | undefined;
 }
 
 export interface Report {
-  kind:
+  kind?:
     | { $case: "loadProgress"; loadProgress: LoadProgress }
     | { $case: "loaded"; loaded: Loaded }
     | { $case: "stepResult"; stepResult: StepResult }
@@ -169,6 +169,27 @@ export interface Join {
   slot: number;
   /** Divides the logits for `lse_adjusted`; 0 (greedy) leaves it out of the computation. */
   temperature: number;
+  /** How logits are changed before they are compared; left out where they are not. */
+  adjustment?: Adjustment | undefined;
+}
+
+/**
+ * Changes logits before the temperature, in this order: the repetition penalty, the other two, the bias. What was
+ * generated are the tokens of the slot from `prompt_length` on: the rank counts them as it is fed, also those of
+ * earlier takes.
+ */
+export interface Adjustment {
+  /** Tokens of the prompt. */
+  promptLength: number;
+  /** Logits of tokens in prompt or answer are divided by it where positive, else multiplied; 1 changes nothing. */
+  repetitionPenalty: number;
+  /** Taken from the logits of generated tokens, once; 0 changes nothing. */
+  presencePenalty: number;
+  /** Taken from the logits of generated tokens, as often as they were generated; 0 changes nothing. */
+  frequencyPenalty: number;
+  /** Ids of the whole vocabulary, each at most once, and what is added to their logits. */
+  biasIds: number[];
+  biases: number[];
 }
 
 /** Consecutive prompt tokens of one sequence. */
@@ -186,13 +207,13 @@ export interface Chunk {
  */
 export interface StepResult {
   number: number;
-  /** (rows, k) ids of the vocabulary, by falling logit; ties by rising id. */
+  /** (rows, k) ids of the vocabulary, by falling adjusted logit; ties by rising id. */
   topIds: number[];
-  /** (rows, k) */
+  /** (rows, k) adjusted logits. */
   topLogits: number[];
   /** (rows) log Σ exp(logit) over this rank's slice; 0 for rows without a target. */
   lseRaw: number[];
-  /** (rows) log Σ exp(logit / temperature) over this rank's slice; 0 where temperature is 0. */
+  /** (rows) log Σ exp(adjusted logit / temperature) over this rank's slice; 0 where temperature is 0. */
   lseAdjusted: number[];
   /** (rows of chunks with targets) the target's logit, or NaN where it lies in another rank's slice. */
   targetLogits: number[];
@@ -207,6 +228,8 @@ export interface StepResult {
 export interface FetchRow {
   stepNumber: number;
   row: number;
+  /** With the adjustment of the row's slot, instead of raw. */
+  isAdjusted: boolean;
 }
 
 export interface Row {
@@ -993,7 +1016,7 @@ export const Step: MessageFns<Step> = {
 };
 
 function createBaseJoin(): Join {
-  return { slot: 0, temperature: 0 };
+  return { slot: 0, temperature: 0, adjustment: undefined };
 }
 
 export const Join: MessageFns<Join> = {
@@ -1003,6 +1026,9 @@ export const Join: MessageFns<Join> = {
     }
     if (message.temperature !== 0) {
       writer.uint32(17).double(message.temperature);
+    }
+    if (message.adjustment !== undefined) {
+      Adjustment.encode(message.adjustment, writer.uint32(26).fork()).join();
     }
     return writer;
   },
@@ -1035,6 +1061,143 @@ export const Join: MessageFns<Join> = {
 
             message.temperature = reader.double();
             continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.adjustment = Adjustment.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseAdjustment(): Adjustment {
+  return { promptLength: 0, repetitionPenalty: 0, presencePenalty: 0, frequencyPenalty: 0, biasIds: [], biases: [] };
+}
+
+export const Adjustment: MessageFns<Adjustment> = {
+  encode(message: Adjustment, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.promptLength !== 0) {
+      writer.uint32(8).uint32(message.promptLength);
+    }
+    if (message.repetitionPenalty !== 0) {
+      writer.uint32(17).double(message.repetitionPenalty);
+    }
+    if (message.presencePenalty !== 0) {
+      writer.uint32(25).double(message.presencePenalty);
+    }
+    if (message.frequencyPenalty !== 0) {
+      writer.uint32(33).double(message.frequencyPenalty);
+    }
+    if (message.biasIds.length !== 0) {
+      writer.uint32(42).fork();
+      for (const v of message.biasIds) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    if (message.biases.length !== 0) {
+      writer.uint32(50).fork();
+      for (const v of message.biases) {
+        writer.double(v);
+      }
+      writer.join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Adjustment {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseAdjustment();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.promptLength = reader.uint32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 17) {
+              break;
+            }
+
+            message.repetitionPenalty = reader.double();
+            continue;
+          }
+          case 3: {
+            if (tag !== 25) {
+              break;
+            }
+
+            message.presencePenalty = reader.double();
+            continue;
+          }
+          case 4: {
+            if (tag !== 33) {
+              break;
+            }
+
+            message.frequencyPenalty = reader.double();
+            continue;
+          }
+          case 5: {
+            if (tag === 40) {
+              message.biasIds.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 42) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.biasIds.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 6: {
+            if (tag === 49) {
+              message.biases.push(reader.double());
+
+              continue;
+            }
+
+            if (tag === 50) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.biases.push(reader.double());
+              }
+
+              continue;
+            }
+
+            break;
           }
         }
         if ((tag & 7) === 4 || tag === 0) {
@@ -1371,7 +1534,7 @@ export const StepResult: MessageFns<StepResult> = {
 };
 
 function createBaseFetchRow(): FetchRow {
-  return { stepNumber: 0, row: 0 };
+  return { stepNumber: 0, row: 0, isAdjusted: false };
 }
 
 export const FetchRow: MessageFns<FetchRow> = {
@@ -1381,6 +1544,9 @@ export const FetchRow: MessageFns<FetchRow> = {
     }
     if (message.row !== 0) {
       writer.uint32(16).uint32(message.row);
+    }
+    if (message.isAdjusted !== false) {
+      writer.uint32(24).bool(message.isAdjusted);
     }
     return writer;
   },
@@ -1412,6 +1578,14 @@ export const FetchRow: MessageFns<FetchRow> = {
             }
 
             message.row = reader.uint32();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.isAdjusted = reader.bool();
             continue;
           }
         }

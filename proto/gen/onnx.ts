@@ -46,7 +46,7 @@ export namespace DataLocation {
 export interface ModelProto {
   irVersion: number;
   producerName: string;
-  graph: GraphProto | undefined;
+  graph?: GraphProto | undefined;
   opsetImport: OperatorSetIdProto[];
 }
 
@@ -99,16 +99,16 @@ export interface StringStringEntryProto {
 
 export interface ValueInfoProto {
   name: string;
-  type: TypeProto | undefined;
+  type?: TypeProto | undefined;
 }
 
 export interface TypeProto {
-  value: { $case: "tensorType"; tensorType: TypeProto_Tensor } | undefined;
+  value?: { $case: "tensorType"; tensorType: TypeProto_Tensor } | undefined;
 }
 
 export interface TypeProto_Tensor {
   elemType: number;
-  shape: TensorShapeProto | undefined;
+  shape?: TensorShapeProto | undefined;
 }
 
 export interface TensorShapeProto {
@@ -116,7 +116,7 @@ export interface TensorShapeProto {
 }
 
 export interface TensorShapeProto_Dimension {
-  value: { $case: "dimValue"; dimValue: number } | { $case: "dimParam"; dimParam: string } | undefined;
+  value?: { $case: "dimValue"; dimValue: number } | { $case: "dimParam"; dimParam: string } | undefined;
 }
 
 function createBaseModelProto(): ModelProto {

@@ -1,0 +1,81 @@
+/**
+ * The adjustments of every slot: penalties for tokens that were there before, and biases, over this rank's slice of
+ * the vocabulary. The rank counts the tokens that it is fed, so that a sequence which another engine took over
+ * has the counts that it had.
+ */
+import type { Join } from '../proto/gen/cluster.js';
+
+/** What a rank knows of an adjusted slot. */
+interface SlotAdjustment {
+  readonly promptLength: number;
+  readonly repetitionPenalty: number;
+  readonly presencePenalty: number;
+  readonly frequencyPenalty: number;
+  /** By place in the slice: how often it was generated. Tokens that stand in the prompt alone have 0. */
+  readonly counts: Map<number, number>;
+  /** By place in the slice. */
+  readonly biases: ReadonlyMap<number, number>;
+  /** Tokens of the slot so far. */
+  length: number;
+}
+
+export class AdjustedLogits {
+  readonly #sliceStart: number;
+  readonly #sliceCount: number;
+  readonly #slots = new Map<number, SlotAdjustment>();
+  /** (slice) */
+  readonly #row: Float32Array<ArrayBuffer>;
+
+  /** @param slice of the vocabulary: its first id and its size. */
+  constructor(slice: { readonly start: number; readonly count: number }) {
+    this.#sliceStart = slice.start;
+    this.#sliceCount = slice.count;
+    this.#row = new Float32Array(slice.count);
+  }
+
+  /** A sequence begins: what was known of its slot is forgotten. */
+  join({ slot, adjustment }: Join): void {
+    this.#slots.delete(slot);
+    if (adjustment === undefined) return;
+    const biases = new Map<number, number>();
+    adjustment.biasIds.forEach((id, i) => {
+      const place = id - this.#sliceStart;
+      if (place >= 0 && place < this.#sliceCount) biases.set(place, adjustment.biases[i] ?? 0);
+    });
+    this.#slots.set(slot, { ...adjustment, biases, counts: new Map(), length: 0 });
+  }
+
+  /** The slot has been fed one more token. */
+  feed(slot: number, token: number): void {
+    const known = this.#slots.get(slot);
+    if (known === undefined) return;
+    const place = token - this.#sliceStart;
+    if (place >= 0 && place < this.#sliceCount) {
+      const isGenerated = known.length >= known.promptLength;
+      known.counts.set(place, (known.counts.get(place) ?? 0) + (isGenerated ? 1 : 0));
+    }
+    known.length += 1;
+  }
+
+  /**
+   * The slot's next logits as they are sampled from.
+   *
+   * @param raw (slice) is left as it is.
+   * @returns (slice) `raw` itself where nothing is adjusted, else a row that the next call overwrites.
+   */
+  of(slot: number, raw: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> {
+    const known = this.#slots.get(slot);
+    if (known === undefined) return raw;
+    const row = this.#row;
+    row.set(raw);
+    const { repetitionPenalty, presencePenalty, frequencyPenalty, counts, biases } = known;
+    for (const [place, count] of counts) {
+      const logit = raw[place]!;
+      const repeated = logit > 0 ? logit / repetitionPenalty : logit * repetitionPenalty;
+      const penalty = count > 0 ? presencePenalty + count * frequencyPenalty : 0;
+      row[place] = repeated - penalty + (biases.get(place) ?? 0);
+    }
+    for (const [place, bias] of biases) if (!counts.has(place)) row[place] = raw[place]! + bias;
+    return row;
+  }
+}
