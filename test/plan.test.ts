@@ -218,5 +218,7 @@ void test('a configuration that contradicts itself is refused by field and value
   assert.match(messageOf({ hidden_size: 0 }), /hidden_size/);
   assert.match(messageOf({ hidden_size: 'big' }), /hidden_size/);
   assert.match(messageOf({ model_type: 'gpt2' }), /model_type.*gpt2/);
-  assert.match(messageOf({ rope_scaling: { type: 'linear', factor: 2 } }), /rope_scaling/);
+  assert.equal(messageOf({ rope_scaling: { type: 'linear', factor: 2 } }), 'nothing');
+  assert.match(messageOf({ rope_scaling: { type: 'linear' } }), /rope_scaling.factor/);
+  assert.match(messageOf({ rope_scaling: { type: 'yarn', factor: 2 } }), /rope_scaling.*yarn/);
 });
