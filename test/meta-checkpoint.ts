@@ -1,12 +1,12 @@
 /** Checkpoints in Meta's layout: other layouts' rewritten, and holes in the real shapes. */
 import fs from 'node:fs';
 import path from 'node:path';
-import { openCheckpoint, type Checkpoint } from '../model/checkpoint.js';
+import { openCheckpoint } from '../model/checkpoint.js';
 import type { LlamaConfig } from '../model/config.js';
 import { ffnSizeOf } from '../model/meta-params.js';
-import { layerTensors, listSlices, planRanks, slicesOf } from '../model/plan.js';
-import { SliceReader } from '../model/slice-reader.js';
+import { layerTensors } from '../model/plan.js';
 import { writePth, type PthStorage, type PthTensor } from './pth-writer.js';
+import { readWhole } from './whole-tensors.js';
 
 type Format = PthStorage['format'];
 
@@ -115,19 +115,6 @@ function shareStorage(pieces: readonly PthTensor[]): PthTensor[] {
     start += piece.storage.elementCount;
     return view;
   });
-}
-
-async function readWhole(checkpoint: Checkpoint): Promise<Map<string, Float32Array>> {
-  const { config } = checkpoint;
-  const whole = new Map<string, Float32Array>();
-  const reader = new SliceReader(checkpoint);
-  for (const slice of listSlices(slicesOf(config, planRanks(config, 1)[0]!))) {
-    const floats = new Float32Array(slice.rows.count * slice.columns.count);
-    await reader.read(slice, floats, 0);
-    whole.set(slice.tensor, floats);
-  }
-  reader.close();
-  return whole;
 }
 
 function cutOut(

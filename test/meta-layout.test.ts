@@ -7,18 +7,17 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test, type TestContext } from 'node:test';
-import { evaluate } from '../coordinator/evaluation.js';
 import { openModelTokenizer } from '../coordinator/model-tokenizer.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
 import { runCliJson } from './cli.js';
-import { readTinyGolden, sharedGolden } from './golden.js';
+import { differ, storiesGoldens, tinyGoldens, type Golden } from './golden-evaluation.js';
+import { sharedGolden } from './golden.js';
 import { rewriteAsMeta } from './meta-checkpoint.js';
 import { Oracle, prefill } from './oracle.js';
 import { RankPool } from './rank-pool.js';
 import { sharedPath, skipWithout } from './shared.js';
 
 const isLong = process.env['CARAVAN_LONG'] === '1';
-const LIMITS = { maxSeqLen: 320, maxBatchSize: 1, maxStepRows: 320 };
 const TOLERANCE = 2e-4;
 /**
  * Of the largest logit, where weights were rounded to bfloat16. In float64, too, this rounding alone moves logits of
@@ -32,41 +31,6 @@ after(async () => {
   await pool.stop();
   fs.rmSync(scratch, { recursive: true });
 });
-
-interface Golden {
-  readonly ids: readonly number[];
-  /** By position: (vocabulary). */
-  readonly logits: ReadonlyMap<number, readonly number[]>;
-  /** Most likely next token, from position `firstArgmax`. */
-  readonly argmax: readonly number[];
-  readonly firstArgmax: number;
-}
-
-/** The largest difference of logits, after checking the tokens. */
-async function differ(folder: string, tp: number, golden: Golden): Promise<number> {
-  const { ids, logits, argmax, firstArgmax } = golden;
-  const found = await pool.withGroup(folder, { tp, ...LIMITS }, ({ ranks }) =>
-    evaluate(ranks, ids, ids.length, [...logits.keys()], LIMITS.maxSeqLen),
-  );
-  assert.deepEqual(found.argmax.slice(firstArgmax, firstArgmax + argmax.length), argmax);
-  let most = 0;
-  for (const [position, expected] of logits) {
-    const row = found.logits.get(position)!;
-    assert.equal(row.length, expected.length);
-    expected.forEach((logit, id) => (most = Math.max(most, Math.abs(row[id]! - logit))));
-  }
-  return most;
-}
-
-const storiesGoldens = (): Golden[] => sharedGolden.read().map((g) => ({ ...g, firstArgmax: 0 }));
-
-const tinyGoldens = (): Golden[] =>
-  readTinyGolden().map(({ promptIds, ids, firstLogits }) => ({
-    ids: [...promptIds, ...ids.slice(0, -1)],
-    logits: new Map([[promptIds.length - 1, firstLogits]]),
-    argmax: ids,
-    firstArgmax: promptIds.length - 1,
-  }));
 
 const all = [1, 2, 4].flatMap((mp) => [1, 2, 3, 4, 8].map((tp) => ({ mp, tp })));
 const few = [
@@ -89,7 +53,7 @@ async function assertSame(
     const folder = path.join(scratch, `${path.basename(from)}-${format}-${mp}`);
     if (!fs.existsSync(folder)) await rewriteAsMeta(folder, from, mp, format);
     for (const golden of isLong ? goldens : goldens.slice(-1)) {
-      const difference = await differ(folder, tp, golden);
+      const difference = await differ(pool, folder, tp, golden);
       assert.ok(difference < tolerance, `mp ${mp}, tp ${tp}: ${difference}`);
       most = Math.max(most, difference);
     }
@@ -151,7 +115,7 @@ void test('matrices that lie column by column, in one shared storage, are the sa
   const sources = [...openCheckpoint(folder).tensors.values()];
   assert.ok(sources.some(({ pieces }) => pieces[0]!.strides?.[0] === 1));
   for (const tp of [1, 3]) {
-    const difference = await differ(folder, tp, tinyGoldens()[0]!);
+    const difference = await differ(pool, folder, tp, tinyGoldens()[0]!);
     assert.ok(difference < TOLERANCE, String(difference));
   }
 });
@@ -160,7 +124,7 @@ const real = 'models/stories260k/meta-mp2';
 for (const tp of isLong ? [1, 2, 3, 4, 8] : [1, 3]) {
   void test(`files that torch.save wrote, at tp ${tp}`, { skip: skipWithout(real) }, async () => {
     for (const golden of storiesGoldens()) {
-      const difference = await differ(sharedPath(real), tp, golden);
+      const difference = await differ(pool, sharedPath(real), tp, golden);
       assert.ok(difference < TOLERANCE, String(difference));
     }
   });
