@@ -97,11 +97,10 @@ export const settingTable = {
   }),
   weights: defaulted('auto', {
     argument: '<mode>',
-    description: 'how weights are held: auto or fp32 (auto means fp32 in this release)',
+    description: 'how weights are held; auto takes the fastest that fits into memory',
     rule: 'one of auto, fp32, fp16, int8, int4, int4+int8',
     schema: z.enum(['auto', 'fp32', 'fp16', 'int8', 'int4', 'int4+int8']),
-    refuse: (value) =>
-      value === 'auto' || value === 'fp32' ? null : 'is not built yet; use fp32 or auto',
+    refuse: (value) => (value === 'fp16' ? 'is for GPUs, which are not built yet' : null),
   }),
   exact: defaulted(false, {
     argument: null,

@@ -15,7 +15,8 @@ import type { Config } from './config.js';
 import { RankEngine, type StepFigures } from './engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
-import { DEFAULT_MAX_STEP_ROWS, groupSpec, openChecked } from './local-group.js';
+import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
+import { openChecked } from './local-group.js';
 import { JobTaker } from './queue.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
@@ -30,6 +31,7 @@ export interface CoordinatorOptions {
   readonly maxSeqLen: number | undefined;
   readonly maxBatchSize: number;
   readonly isExact: boolean;
+  readonly weights: Config['weights'];
   readonly transport: Config['transport'];
   /** Called once, when the first group serves. */
   readonly onReady: (card: ModelCard) => void;
@@ -54,7 +56,11 @@ export async function runCoordinator(
   log: Logger,
 ): Promise<void> {
   const checkpoint = openChecked(options.model, options.ranks.length);
-  const spec = groupSpec(checkpoint, { ...options, maxStepRows: DEFAULT_MAX_STEP_ROWS });
+  const { spec, weights } = planGroup(checkpoint, options.ranks.length, {
+    ...options,
+    exact: options.isExact,
+    maxStepRows: DEFAULT_MAX_STEP_ROWS,
+  });
   const files = checkpoint.readTokenizerFiles();
   const tokenizer = openTokenizer(files);
   checkVocabulary(checkpoint, tokenizer);
@@ -89,7 +95,10 @@ export async function runCoordinator(
         }
         if (!isReady) options.onReady(card);
         isReady = true;
-        log.info({ model: card.name, tp: options.ranks.length, engine: engineId }, 'serving');
+        log.info(
+          { model: card.name, weights, tp: options.ranks.length, engine: engineId },
+          'serving',
+        );
         const engine = new RankEngine(ranks, tokenizer, {
           ...spec,
           isExact: options.isExact,

@@ -23,6 +23,7 @@ export interface GroupSpec {
   readonly modelPath: string;
   readonly checkpointDigest: string;
   readonly weights: Weights;
+  readonly isExact: boolean;
   readonly maxSeqLen: number;
   readonly maxBatchSize: number;
   readonly maxStepRows: number;

@@ -51,9 +51,10 @@ export function legalTps(config: LlamaConfig): number[] {
 /**
  * The plan of every rank, in rank order: total and disjoint, except for KV heads that repeat.
  *
+ * @param ffnGrid the feed-forward network is cut on multiples of this (`weightForms`), which divides its width.
  * @throws CaravanError `illegal_tp` naming the legal ones.
  */
-export function planRanks(config: LlamaConfig, tp: number): RankPlan[] {
+export function planRanks(config: LlamaConfig, tp: number, ffnGrid = 1): RankPlan[] {
   const most = legalTps(config).length;
   if (!Number.isInteger(tp) || tp < 1 || tp > most) {
     throw new CaravanError(
@@ -65,7 +66,7 @@ export function planRanks(config: LlamaConfig, tp: number): RankPlan[] {
     rank,
     tp,
     ...headsOf(config, tp, rank),
-    ffn: cut(config.ffnSize, tp, rank),
+    ffn: onGrid(cut(config.ffnSize / ffnGrid, tp, rank), ffnGrid),
     vocab: cut(config.vocabSize, tp, rank),
   }));
 }
@@ -75,6 +76,11 @@ export function cut(total: number, parts: number, index: number): Range {
   const start = Math.ceil((total * index) / parts);
   return { start, count: Math.ceil((total * (index + 1)) / parts) - start };
 }
+
+const onGrid = ({ start, count }: Range, grid: number): Range => ({
+  start: start * grid,
+  count: count * grid,
+});
 
 function headsOf(config: LlamaConfig, tp: number, rank: number) {
   const { headCount, kvHeadCount } = config;

@@ -8,7 +8,7 @@ import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { groupSpec } from '../coordinator/local-group.js';
+import { planGroup } from '../coordinator/group-spec.js';
 import { startLocalRank, stopLocalRank } from '../coordinator/local-ranks.js';
 import { Ranks } from '../coordinator/ranks.js';
 import { openCheckpoint } from '../model/checkpoint.js';
@@ -308,7 +308,10 @@ const isRefusal =
   };
 
 const spec = (folder: string) =>
-  groupSpec(openCheckpoint(folder), { maxSeqLen: undefined, maxBatchSize: 1, maxStepRows: 16 });
+  planGroup(openCheckpoint(folder), 1, {
+    ...({ weights: 'auto', exact: false, maxSeqLen: undefined } as const),
+    ...{ maxBatchSize: 1, maxStepRows: 16 },
+  }).spec;
 
 void test('a rank that is not there is named, also beside one that is', async () => {
   const folder = goodCheckpoint(1);

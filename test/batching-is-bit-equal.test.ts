@@ -39,14 +39,23 @@ after(async () => {
   fs.rmSync(scratch, { recursive: true });
 });
 
+const random = (headSize: number, config: LlamaConfig, weights: 'fp32' | 'int8' | 'int4') => {
+  const name = `head size ${headSize}, ${weights}`;
+  const folder = path.join(scratch, name);
+  writeRandomCheckpoint(folder, { config, seed: headSize, format: 'BF16', shardCount: 1 });
+  return { name, folder, vocabSize: config.vocabSize, headSize, weights };
+};
+
 const models = [
-  { name: 'caravan-tiny', folder: embeddedModelPath(), vocabSize: 1024, headSize: 16 },
-  ...[8, 64].map((headSize) => {
-    const folder = path.join(scratch, String(headSize));
-    const config = odd(headSize);
-    writeRandomCheckpoint(folder, { config, seed: headSize, format: 'BF16', shardCount: 1 });
-    return { name: `head size ${headSize}`, folder, vocabSize: config.vocabSize, headSize };
-  }),
+  {
+    ...{ name: 'caravan-tiny', folder: embeddedModelPath(), vocabSize: 1024, headSize: 16 },
+    weights: 'fp32' as const,
+  },
+  random(8, odd(8), 'fp32'),
+  random(64, odd(64), 'fp32'),
+  random(64, odd(64), 'int8'),
+  // Blocks of four bits need widths that they divide.
+  random(32, { ...odd(32), hiddenSize: 192, ffnSize: 320 }, 'int4'),
 ];
 
 /** One sequence that is fed by hand: its prompt in chunks of these sizes, then tokens one by one. */
@@ -126,13 +135,13 @@ function randomChunks(random: Random, total: number): number[] {
   return sizes;
 }
 
-for (const { name, folder, vocabSize } of models) {
+for (const { name, folder, vocabSize, weights } of models) {
   for (const tp of [1, 2]) {
     void test(`${name} at tp ${tp}: the same bits alone and in a ragged batch`, async () => {
       const random = new Random(tp + vocabSize);
       const tokens = (count: number) =>
         Array.from({ length: count }, () => random.below(vocabSize));
-      await pool.withGroup(folder, { tp, ...LIMITS }, async ({ ranks }) => {
+      await pool.withGroup(folder, { tp, weights, ...LIMITS }, async ({ ranks }) => {
         let nextStep = 1;
         for (let round = 0; round < 4; round += 1) {
           const prompt = tokens(20 + random.below(30));
@@ -172,10 +181,10 @@ for (const { name, folder, vocabSize } of models) {
 
 // ONNX Runtime attends over blocks of query rows, and a block of one row takes another kernel: 2 × headSize + 1
 // rows leave one, unless the rank cuts them otherwise.
-for (const { name, folder, vocabSize, headSize } of models) {
+for (const { name, folder, vocabSize, headSize, weights } of models) {
   void test(`${name}: the same bits whatever is left over of the last block`, async () => {
     const random = new Random(headSize);
-    await pool.withGroup(folder, { tp: 1, ...LIMITS }, async ({ ranks }) => {
+    await pool.withGroup(folder, { tp: 1, weights, ...LIMITS }, async ({ ranks }) => {
       let nextStep = 1;
       for (let length = 2; length <= LIMITS.maxSeqLen; length += 1) {
         const prompt = Array.from({ length }, () => random.below(vocabSize));

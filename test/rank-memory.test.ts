@@ -103,7 +103,7 @@ void test('a rank of four reads and holds its quarter', { skip, timeout: 600_000
   const held: number[] = [];
   for (const tp of [1, 4]) {
     const figures = await loadAndLook(folder, tp);
-    const limits = ['--max-seq-len', '512', '--max-batch-size', '4'];
+    const limits = ['--weights', 'fp32', '--max-seq-len', '512', '--max-batch-size', '4'];
     const inspection = (await runCliJson([
       ...['inspect', '--model', folder, '--tp', String(tp)],
       ...limits,

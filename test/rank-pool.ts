@@ -2,7 +2,8 @@
  * Rank processes that many groups use one after the other: starting one takes longer than most tests.
  */
 import { openCheckpoint, type Checkpoint } from '../model/checkpoint.js';
-import { groupSpec } from '../coordinator/local-group.js';
+import { planGroup } from '../coordinator/group-spec.js';
+import type { Config } from '../coordinator/config.js';
 import { startLocalRank, stopLocalRank, type LocalRank } from '../coordinator/local-ranks.js';
 import { Ranks } from '../coordinator/ranks.js';
 
@@ -34,14 +35,17 @@ export class RankPool {
       maxSeqLen: number;
       maxBatchSize: number;
       maxStepRows: number;
-      transport?: 'auto' | 'grpc' | 'shm';
+      transport?: Config['transport'];
+      weights?: Config['weights'];
+      exact?: boolean;
     },
     use: (group: PoolGroup) => Promise<T>,
   ): Promise<T> {
     const processes = await this.start(limits.tp);
     const checkpoint = openCheckpoint(folder);
     const addresses = processes.map(({ address }) => address);
-    const ranks = await Ranks.connect(addresses, groupSpec(checkpoint, limits));
+    const { spec } = planGroup(checkpoint, limits.tp, { weights: 'fp32', exact: true, ...limits });
+    const ranks = await Ranks.connect(addresses, spec);
     try {
       return await use({ checkpoint, ranks, processes });
     } finally {

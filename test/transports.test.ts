@@ -4,7 +4,7 @@ import { once } from 'node:events';
 import fs from 'node:fs';
 import { after, test } from 'node:test';
 import { evaluate } from '../coordinator/evaluation.js';
-import { groupSpec } from '../coordinator/local-group.js';
+import { planGroup } from '../coordinator/group-spec.js';
 import { startLocalRank, stopLocalRank } from '../coordinator/local-ranks.js';
 import { Ranks } from '../coordinator/ranks.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
@@ -72,7 +72,8 @@ void test('a rank that is killed in mid-step ends its group, and what it leaves 
     [0, 1].map(() => startLocalRank({ threads: 1, device: 'cpu', logLevel: 'silent' })),
   );
   const checkpoint = openCheckpoint(embeddedModelPath());
-  const spec = groupSpec(checkpoint, { ...limits, transport: 'shm' });
+  const terms = { ...limits, weights: 'fp32', exact: true, transport: 'shm' } as const;
+  const { spec } = planGroup(checkpoint, 2, terms);
   const group = await Ranks.connect(
     ranks.map(({ address }) => address),
     spec,

@@ -14,7 +14,7 @@ import type { RankPartial } from '../proto/gen/cluster.js';
 import type { Pacer } from './pacer.js';
 import { encodePartial } from './partial-codec.js';
 import type { PeerLink, Peers } from './peers.js';
-import { allocate } from './shard.js';
+import { allocate } from './memory.js';
 import { mayRanksSpin } from './shared-memory.js';
 
 export type Turn = 0 | 1;

@@ -124,8 +124,9 @@ export class Forward {
     // The residual stream: attention-in writes one buffer, ffn the other.
     const [afterAttention, afterFfn] = rows.h;
     let h: Tensor = workspace.zeros(rowCount);
+    const variant = this.#shard.variantFor(rowCount);
     for (let l = 0; l < layers.length; l += 1) {
-      const layer = layers[l]!;
+      const layer = layers[l]![variant]!;
       layer.attentionIn.run(
         [h, ...this.#received(rows.partials), rows.positions, workspace.cos, workspace.sin],
         [afterAttention, rows.q, rows.k, rows.v],
@@ -178,7 +179,7 @@ export class Forward {
     tokens.forEach((token, row) => {
       const own = token - plan.vocab.start;
       if (own >= 0 && own < plan.vocab.count) {
-        partial.set(embedding.subarray(own * width, (own + 1) * width), row * width);
+        embedding.copyRow(own, partial, row * width);
       } else {
         partial.fill(0, row * width, (row + 1) * width);
       }

@@ -11,176 +11,9 @@
  */
 import type { LlamaConfig } from '../model/config.js';
 import type { RankPlan } from '../model/plan.js';
-import {
-  AttributeType,
-  DataLocation,
-  ModelProto,
-  type AttributeProto,
-  type NodeProto,
-  type TensorProto,
-  type ValueInfoProto,
-} from '../proto/gen/onnx.js';
-import { elementType, type ElementType } from './ort.js';
-
-const IR_VERSION = 9;
-const OPSET = 20;
-const MICROSOFT = 'com.microsoft';
-
-/** A graph, encoded, with the order in which its inputs and outputs are bound. */
-export interface Graph {
-  readonly model: Uint8Array;
-  readonly inputs: readonly string[];
-  readonly outputs: readonly string[];
-}
-
-/** A weight matrix (outputs, inputs), row by row, as checkpoints store it. */
-export interface Matrix {
-  readonly values: Float32Array;
-  readonly outputs: number;
-  readonly inputs: number;
-}
-
-type Dimension = number | string;
-
-/** Collects nodes, weights, inputs and outputs of one graph. */
-class GraphBuilder {
-  readonly #nodes: NodeProto[] = [];
-  readonly #initializers: TensorProto[] = [];
-  readonly #inputs: ValueInfoProto[] = [];
-  readonly #outputs: ValueInfoProto[] = [];
-
-  input(name: string, type: ElementType, shape: readonly Dimension[]): string {
-    this.#inputs.push(valueInfo(name, type, shape));
-    return name;
-  }
-
-  output(name: string, type: ElementType, shape: readonly Dimension[]): void {
-    this.#outputs.push(valueInfo(name, type, shape));
-  }
-
-  weights(name: string, values: Float32Array, shape: readonly number[]): string {
-    const rawData = Buffer.from(values.buffer, values.byteOffset, values.byteLength);
-    this.#initializers.push({
-      name,
-      dims: [...shape],
-      dataType: elementType.float32,
-      rawData,
-      externalData: [],
-      dataLocation: DataLocation.DEFAULT,
-    });
-    return name;
-  }
-
-  integers(name: string, values: readonly number[]): string {
-    const rawData = Buffer.from(BigInt64Array.from(values, BigInt).buffer);
-    this.#initializers.push({
-      name,
-      dims: [values.length],
-      dataType: elementType.int64,
-      rawData,
-      externalData: [],
-      dataLocation: DataLocation.DEFAULT,
-    });
-    return name;
-  }
-
-  /** Adds a node; an output left empty is not computed. */
-  node(
-    operator: string,
-    inputs: readonly string[],
-    outputs: readonly string[],
-    attributes: readonly AttributeProto[] = [],
-    domain = '',
-  ): void {
-    this.#nodes.push({
-      opType: operator,
-      domain,
-      name: '',
-      input: [...inputs],
-      output: [...outputs],
-      attribute: [...attributes],
-    });
-  }
-
-  /** y = x · Wᵀ. A row's result does not depend on the number of rows. */
-  linear(x: string, matrix: Matrix, y: string): void {
-    const w = this.weights(`${y}.weight`, matrix.values, [matrix.outputs, matrix.inputs]);
-    this.node('FusedMatMul', [x, w], [y], [int('transB', 1)], MICROSOFT);
-  }
-
-  /** The sum of all ranks' partials, in rank order. */
-  sumPartials(names: readonly string[]): string {
-    return names.reduce((sum, next, i) => {
-      this.node('Add', [sum, next], [`sum.${i}`]);
-      return `sum.${i}`;
-    });
-  }
-
-  /** normed = RMSNorm(h + delta); newH = h + delta (left out when empty). */
-  addAndNorm(
-    h: string,
-    delta: string,
-    norm: Float32Array,
-    epsilon: number,
-    normed: string,
-    newH: string,
-  ): void {
-    const gamma = this.weights('gamma', norm, [norm.length]);
-    this.node(
-      'SkipSimplifiedLayerNormalization',
-      [h, delta, gamma],
-      newH === '' ? [normed] : [normed, '', '', newH],
-      [float('epsilon', epsilon)],
-      MICROSOFT,
-    );
-  }
-
-  finish(): Graph {
-    const model = ModelProto.encode({
-      irVersion: IR_VERSION,
-      producerName: 'caravan',
-      opsetImport: [
-        { domain: '', version: OPSET },
-        { domain: MICROSOFT, version: 1 },
-      ],
-      graph: {
-        name: 'segment',
-        node: this.#nodes,
-        initializer: this.#initializers,
-        input: this.#inputs,
-        output: this.#outputs,
-      },
-    }).finish();
-    return {
-      model,
-      inputs: this.#inputs.map((input) => input.name),
-      outputs: this.#outputs.map((output) => output.name),
-    };
-  }
-}
-
-function valueInfo(name: string, elemType: number, shape: readonly Dimension[]): ValueInfoProto {
-  const dim = shape.map((n) =>
-    typeof n === 'number'
-      ? { value: { $case: 'dimValue' as const, dimValue: n } }
-      : { value: { $case: 'dimParam' as const, dimParam: n } },
-  );
-  const tensorType = { elemType, shape: { dim } };
-  return { name, type: { value: { $case: 'tensorType', tensorType } } };
-}
-
-const attribute = (name: string, value: Partial<AttributeProto>): AttributeProto => ({
-  name,
-  f: 0,
-  i: 0,
-  s: Buffer.alloc(0),
-  floats: [],
-  ints: [],
-  type: AttributeType.UNDEFINED,
-  ...value,
-});
-const int = (name: string, i: number) => attribute(name, { i, type: AttributeType.INT });
-const float = (name: string, f: number) => attribute(name, { f, type: AttributeType.FLOAT });
+import { GraphBuilder, float, int, MICROSOFT, type Graph } from './graph-builder.js';
+import type { Linear } from './linear.js';
+import { elementType } from './ort.js';
 
 /** What all graphs of a rank have in common. */
 export interface GraphShape {
@@ -217,7 +50,7 @@ const splitLast = (
  */
 export function attentionInGraph(
   shape: GraphShape,
-  weights: { readonly norm: Float32Array; readonly qkv: Matrix },
+  weights: { readonly norm: Float32Array; readonly qkv: Linear },
 ): Graph {
   const { config, plan } = shape;
   const { headSize } = config;
@@ -284,7 +117,7 @@ export function attentionGraph({ config, plan }: GraphShape): Graph {
 }
 
 /** Input attended (1, rows, query heads × head size); output this rank's partial. */
-export function attentionOutGraph({ config }: GraphShape, o: Matrix): Graph {
+export function attentionOutGraph({ config }: GraphShape, o: Linear): Graph {
   const graph = new GraphBuilder();
   graph.input('attended', float32, [1, 'rows', o.inputs]);
   graph.linear('attended', o, 'partial');
@@ -295,7 +128,7 @@ export function attentionOutGraph({ config }: GraphShape, o: Matrix): Graph {
 /** Inputs h and partials; outputs newH and this rank's partial. `gateUp` holds gate's rows, then up's. */
 export function ffnGraph(
   shape: GraphShape,
-  weights: { readonly norm: Float32Array; readonly gateUp: Matrix; readonly down: Matrix },
+  weights: { readonly norm: Float32Array; readonly gateUp: Linear; readonly down: Linear },
 ): Graph {
   const { config, plan } = shape;
   const graph = new GraphBuilder();
@@ -303,8 +136,8 @@ export function ffnGraph(
   graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', 'newH');
   graph.linear('x', weights.gateUp, 'gateUp');
   splitLast(graph, 'gateUp', [plan.ffn.count, plan.ffn.count], ['gate', 'up']);
-  graph.node('Sigmoid', ['gate'], ['gate.sigmoid']);
-  graph.node('Mul', ['gate', 'gate.sigmoid'], ['gate.silu']);
+  // x · sigmoid(x)
+  graph.node('QuickGelu', ['gate'], ['gate.silu'], [float('alpha', 1)], MICROSOFT);
   graph.node('Mul', ['gate.silu', 'up'], ['gated']);
   graph.linear('gated', weights.down, 'partial');
   graph.output('newH', float32, [1, 'rows', config.hiddenSize]);
@@ -315,7 +148,7 @@ export function ffnGraph(
 /** Inputs h, partials and the sampled rows; output logits (1, sampled, this rank's vocabulary). */
 export function headGraph(
   shape: GraphShape,
-  weights: { readonly norm: Float32Array; readonly head: Matrix },
+  weights: { readonly norm: Float32Array; readonly head: Linear },
 ): Graph {
   const { config, plan } = shape;
   const graph = new GraphBuilder();

@@ -10,7 +10,7 @@
 import type { LlamaConfig } from '../model/config.js';
 import type { RankPlan } from '../model/plan.js';
 import type { Ort, Tensor } from './ort.js';
-import { allocate } from './shard.js';
+import { allocate } from './memory.js';
 
 /** Keys and values of one layer, for some neighbouring slots. */
 export interface KvTensors {

@@ -12,6 +12,7 @@ import os from 'node:os';
 import path from 'node:path';
 import koffi from 'koffi';
 import { CaravanError } from '../proto/errors.js';
+import type { Graph } from './graph-builder.js';
 
 const ORT_VERSION = '1.30.0';
 const API_VERSION = 24;
@@ -30,6 +31,7 @@ const functions = {
     'void* F(void* session, void* runOptions, void* inputNames, void* inputs, size_t inputCount, void* outputNames, size_t outputCount, void* outputs)',
   ],
   CreateSessionOptions: [10, 'void* F(_Out_ void** out)'],
+  CloneSessionOptions: [12, 'void* F(void* options, _Out_ void** out)'],
   DisableCpuMemArena: [19, 'void* F(void* options)'],
   SetSessionGraphOptimizationLevel: [23, 'void* F(void* options, int level)'],
   CreateTensorWithDataAsOrtValue: [
@@ -46,6 +48,8 @@ const functions = {
     'void* F(int level, str id, void* threading, _Out_ void** out)',
   ],
   DisablePerSessionThreads: [120, 'void* F(void* options)'],
+  ReleaseSessionOptions: [100, 'void F(void* options)'],
+  AddExternalInitializers: [210, 'void* F(void* options, void* names, void* values, size_t count)'],
   CreateThreadingOptions: [121, 'void* F(_Out_ void** out)'],
   SetGlobalIntraOpNumThreads: [147, 'void* F(void* threading, int count)'],
   SetGlobalInterOpNumThreads: [148, 'void* F(void* threading, int count)'],
@@ -61,7 +65,7 @@ export type ElementType = (typeof elementType)[keyof typeof elementType];
 
 export type TensorArray = Float32Array | Int32Array | BigInt64Array | Uint8Array | Int8Array;
 
-const elementTypeOf = (array: TensorArray): ElementType => {
+export const elementTypeOf = (array: TensorArray): ElementType => {
   if (array instanceof Float32Array) return elementType.float32;
   if (array instanceof Int32Array) return elementType.int32;
   if (array instanceof BigInt64Array) return elementType.int64;
@@ -110,6 +114,7 @@ export class Session {
   readonly #outputNames: NamePointers;
   readonly #inputs: BigUint64Array;
   readonly #outputs: BigUint64Array;
+  readonly #kept: unknown[] = [];
 
   constructor(
     ort: Ort,
@@ -132,8 +137,14 @@ export class Session {
     this.#ort.run(this.#pointer, this.#inputNames, this.#inputs, this.#outputNames, this.#outputs);
   }
 
+  /** Keeps what the runtime reads where it is, as long as the session lives. */
+  keep(memory: unknown): void {
+    this.#kept.push(memory);
+  }
+
   release(): void {
     this.#ort.releaseSession(this.#pointer);
+    this.#kept.length = 0;
   }
 }
 
@@ -184,7 +195,7 @@ export class Ort {
       base.GetApi,
       koffi.proto('void* OrtGetApi(uint32_t version)'),
     ) as Native;
-    const table = koffi.decode(getApi(API_VERSION), koffi.array('void*', 149)) as bigint[];
+    const table = koffi.decode(getApi(API_VERSION), koffi.array('void*', 211)) as bigint[];
     this.#native = Object.fromEntries(
       Object.entries(functions).map(([name, [index, signature]]) => [
         name,
@@ -211,20 +222,27 @@ export class Ort {
     this.#memory = this.#create('CreateCpuMemoryInfo', 1, 0);
   }
 
-  /** @param model an encoded ModelProto; not needed after the call. */
-  createSession(
-    model: Uint8Array,
-    inputNames: readonly string[],
-    outputNames: readonly string[],
-  ): Session {
-    const pointer = this.#create(
-      'CreateSessionFromArray',
-      this.#env,
-      model,
-      model.byteLength,
-      this.#options,
-    );
-    return new Session(this, pointer, inputNames, outputNames);
+  /**
+   * Loads a graph. Its weights' arrays may be used again after the call only if the runtime has made copies of its
+   * own (`packsItself`); the session keeps them until then.
+   */
+  createSession({ model, inputs, outputs, weights }: Graph): Session {
+    const options = this.#create('CloneSessionOptions', this.#options);
+    const tensors = weights.map(({ array, shape }) => this.tensor(array, shape));
+    try {
+      if (weights.length > 0) {
+        const names = new NamePointers(weights.map(({ name }) => name));
+        const values = BigUint64Array.from(tensors, ({ pointer }) => pointer);
+        this.#check(
+          this.#native.AddExternalInitializers(options, names.pointers, values, weights.length),
+        );
+      }
+      const args = [this.#env, model, model.byteLength, options];
+      return new Session(this, this.#create('CreateSessionFromArray', ...args), inputs, outputs);
+    } finally {
+      for (const tensor of tensors) tensor.release();
+      this.#native.ReleaseSessionOptions(options);
+    }
   }
 
   /** A tensor whose memory is `array`, which must be backed by an ArrayBuffer of its own. */

@@ -4,7 +4,7 @@
  * J. Su et al., "RoFormer", 2021; scalings as in Hugging Face's modeling_rope_utils.py.
  */
 import type { LlamaConfig } from '../model/config.js';
-import { allocate } from './shard.js';
+import { allocate } from './memory.js';
 
 /** cos and sin of position × frequency, each (rows, headSize / 2). */
 export interface RotaryTables {

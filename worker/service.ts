@@ -10,14 +10,9 @@ import { setMaxListeners } from 'node:events';
 import { Server, ServerCredentials, type ServerDuplexStream } from '@grpc/grpc-js';
 import { openCheckpoint, sliceBytes } from '../model/checkpoint.js';
 import { listSlices, planRanks, slicesOf } from '../model/plan.js';
+import { weightForms, weightsCodes, weightsModes } from '../model/weights.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
-import {
-  RankService,
-  Weights,
-  type Command,
-  type Load,
-  type Report,
-} from '../proto/gen/cluster.js';
+import { RankService, type Command, type Load, type Report } from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
 import { checkLoad, Group } from './group.js';
 import { Lobby, type PeerCall } from './lobby.js';
@@ -148,9 +143,6 @@ export class RankServer {
         `the coordinator speaks protocol ${load.protocol}, this rank ${PROTOCOL}`,
       );
     }
-    if (load.weights !== Weights.WEIGHTS_FP32) {
-      throw new CaravanError('invalid_request', `weights mode ${load.weights} is not known`);
-    }
     const shard = await this.#shardFor(call, load, signal);
     const group = await Group.join(this.#ort, shard.shard, load, this.#lobby, signal);
     const { vocab } = shard.shard.plan;
@@ -175,11 +167,17 @@ export class RankServer {
     const checkpoint = openCheckpoint(load.modelPath);
     checkLoad(load, checkpoint);
     const tp = load.peers.length;
-    const key = [checkpoint.digest, checkpoint.localStamp, load.weights, load.rank, tp].join('\n');
+    const mode = weightsModes.find((name) => weightsCodes[name] === load.weights);
+    if (mode === undefined) {
+      throw new CaravanError('invalid_request', `weights mode ${load.weights} is not known`);
+    }
+    const { digest, localStamp } = checkpoint;
+    const key = [digest, localStamp, mode, load.isExact, load.rank, tp].join('\n');
     if (this.#kept?.key === key) return { shard: this.#kept.shard, bytesRead: 0 };
     this.#kept?.shard.release();
     this.#kept = null;
-    const plan = planRanks(checkpoint.config, tp)[load.rank]!;
+    const forms = weightForms(checkpoint.config, tp, mode, load.isExact);
+    const plan = planRanks(checkpoint.config, tp, forms.ffnGrid)[load.rank]!;
     const bytesTotal = listSlices(slicesOf(checkpoint.config, plan)).reduce(
       (sum, slice) => sum + sliceBytes(checkpoint, slice),
       0,
@@ -190,6 +188,7 @@ export class RankServer {
       this.#ort,
       checkpoint,
       plan,
+      forms,
       (bytesRead) => {
         if (performance.now() - reportedMs < PROGRESS_EVERY_MS) return;
         reportedMs = performance.now();

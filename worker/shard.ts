@@ -3,28 +3,25 @@
  */
 import type { Checkpoint } from '../model/checkpoint.js';
 import type { LlamaConfig } from '../model/config.js';
-import {
-  listSlices,
-  slicesOf,
-  type LayerSlices,
-  type RankPlan,
-  type TensorSlice,
-} from '../model/plan.js';
-import { SliceReader } from '../model/slice-reader.js';
-import { CaravanError } from '../proto/errors.js';
+import { slicesOf, type LayerSlices, type RankPlan } from '../model/plan.js';
+import { weightBytes, type FormVariant, type WeightForms } from '../model/weights.js';
+import { Embedding } from './embedding.js';
 import {
   attentionGraph,
   attentionInGraph,
   attentionOutGraph,
   ffnGraph,
   headGraph,
-  type Graph,
   type GraphShape,
-  type Matrix,
 } from './graph.js';
+import { linearWriter, type Linear } from './linear.js';
+import { allocateBytes } from './memory.js';
 import type { Ort, Session } from './ort.js';
+import { WeightLoader } from './weight-loader.js';
 
+/** A layer's segments, for steps of at most `maxRows` rows. */
 export interface LayerSessions {
+  readonly maxRows: number;
   readonly attentionIn: Session;
   readonly attentionOut: Session;
   readonly ffn: Session;
@@ -33,9 +30,9 @@ export interface LayerSessions {
 export class Shard {
   readonly config: LlamaConfig;
   readonly plan: RankPlan;
-  /** (vocab.count, hidden): this rank's rows of the token embedding. */
-  readonly embedding: Float32Array;
-  readonly layers: readonly LayerSessions[];
+  readonly embedding: Embedding;
+  /** By layer; of each the variants, rising in maxRows. */
+  readonly layers: readonly (readonly LayerSessions[])[];
   readonly attention: Session;
   readonly head: Session;
   /** Bytes of weights as held in memory. */
@@ -43,7 +40,7 @@ export class Shard {
   /** Bytes of slices that were read to build it. */
   readonly bytesRead: number;
 
-  private constructor(parts: Omit<Shard, 'release'>) {
+  private constructor(parts: Omit<Shard, 'release' | 'variantFor'>) {
     this.config = parts.config;
     this.plan = parts.plan;
     this.embedding = parts.embedding;
@@ -55,108 +52,114 @@ export class Shard {
   }
 
   /**
-   * Reads this rank's slices and builds its sessions, a segment at a time: beside the final weights
-   * only one segment is in memory twice.
+   * Reads this rank's slices and builds its sessions, a layer at a time: beside the final weights only one
+   * layer's matrices are in memory twice.
    *
-   * @param onProgress hears of the bytes read so far and in all.
+   * @param onProgress hears of the bytes read so far.
    * @throws CaravanError `invalid_checkpoint`, `out_of_memory`, or `cancelled` when the signal aborts.
    */
   static async load(
     ort: Ort,
     checkpoint: Checkpoint,
     plan: RankPlan,
+    forms: WeightForms,
     onProgress: (bytesRead: number) => void,
     signal: AbortSignal,
   ): Promise<Shard> {
-    const reader = new SliceReader(checkpoint);
     const { config } = checkpoint;
-    const shape: GraphShape = { config, plan };
-    const slices = slicesOf(config, plan);
+    const loader = new WeightLoader(ort, checkpoint, onProgress, signal);
     const sessions: Session[] = [];
+    const shape: GraphShape = { config, plan };
+    const open: Open = (graph, ...matrices) => {
+      const session = loader.open(graph, matrices);
+      sessions.push(session);
+      return session;
+    };
     try {
-      const read = async (...parts: TensorSlice[]): Promise<Matrix> => {
-        const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
-        const inputs = parts[0]!.columns.count;
-        const values = allocate(outputs * inputs);
-        let index = 0;
-        for (const part of parts) {
-          if (signal.aborted) throw new CaravanError('cancelled', 'loading was cancelled');
-          await reader.read(part, values, index);
-          index += part.rows.count * part.columns.count;
-        }
-        onProgress(reader.bytesRead);
-        return { values, outputs, inputs };
-      };
-      const open = (graph: Graph): Session => {
-        const session = ort.createSession(graph.model, graph.inputs, graph.outputs);
-        sessions.push(session);
-        return session;
-      };
-      const embedding = await read(slices.embedding);
-      const layers: LayerSessions[] = [];
-      for (const layer of slices.layers) layers.push(await loadLayer(shape, layer, read, open));
-      const norm = (await read(slices.norm)).values;
-      const head = slices.head === slices.embedding ? embedding : await read(slices.head);
-      const parameterCount = listSlices(slices).reduce(
-        (sum, slice) => sum + slice.rows.count * slice.columns.count,
-        slices.head === slices.embedding ? head.values.length : 0,
-      );
+      const slices = slicesOf(config, plan);
+      const embedding = new Embedding(forms.embedding, plan.vocab.count, config.hiddenSize);
+      // A tied head is read once, with the embedding.
+      const head = linearWriter(forms.head, plan.vocab.count, config.hiddenSize, {
+        take: allocateBytes,
+      });
+      const isTied = slices.head === slices.embedding;
+      await loader.rows([slices.embedding], (rows, first, count) => {
+        embedding.write(rows, first, count);
+        if (isTied) head.write(rows, first, count);
+      });
+      const layers: LayerSessions[][] = [];
+      for (const layer of slices.layers) {
+        layers.push(await loadLayer(shape, layer, forms.variants, loader, open));
+      }
+      const norm = await loader.vector(slices.norm);
+      if (!isTied) {
+        await loader.rows([slices.head], (rows, first, count) => {
+          head.write(rows, first, count);
+        });
+      }
       return new Shard({
         config,
         plan,
-        embedding: embedding.values,
+        embedding,
         layers,
         attention: open(attentionGraph(shape)),
-        head: open(headGraph(shape, { norm, head })),
-        weightBytes: 4 * parameterCount,
-        bytesRead: reader.bytesRead,
+        head: open(headGraph(shape, { norm, head: head.linear }), head.linear),
+        weightBytes: weightBytes(config, plan, forms),
+        bytesRead: loader.bytesRead,
       });
     } catch (error) {
       for (const session of sessions) session.release();
       throw error;
     } finally {
-      reader.close();
+      loader.close();
     }
   }
 
+  /** Which of a layer's variants takes a step of this many rows. */
+  variantFor(rowCount: number): number {
+    return this.layers[0]!.findIndex(({ maxRows }) => rowCount <= maxRows);
+  }
+
   release(): void {
-    for (const layer of this.layers) {
-      for (const session of Object.values(layer) as Session[]) session.release();
+    for (const { attentionIn, attentionOut, ffn } of this.layers.flat()) {
+      attentionIn.release();
+      attentionOut.release();
+      ffn.release();
     }
     this.attention.release();
     this.head.release();
   }
 }
 
+type Open = (graph: Parameters<WeightLoader['open']>[0], ...matrices: Linear[]) => Session;
+
+/** Every matrix is read once, into the forms of all variants. */
 async function loadLayer(
   shape: GraphShape,
   slices: LayerSlices,
-  read: (...parts: TensorSlice[]) => Promise<Matrix>,
-  open: (graph: Graph) => Session,
-): Promise<LayerSessions> {
-  return {
-    attentionIn: open(
-      attentionInGraph(shape, {
-        norm: (await read(slices.attentionNorm)).values,
-        qkv: await read(slices.q, slices.k, slices.v),
-      }),
-    ),
-    attentionOut: open(attentionOutGraph(shape, await read(slices.o))),
+  variants: readonly FormVariant[],
+  loader: WeightLoader,
+  open: Open,
+): Promise<LayerSessions[]> {
+  const formsOf = (matrix: 'qkv' | 'o' | 'gateUp' | 'down') => variants.map((v) => v[matrix]);
+  const attentionNorm = await loader.vector(slices.attentionNorm);
+  const qkv = await loader.matrix(formsOf('qkv'), slices.q, slices.k, slices.v);
+  const attentionIn = qkv.map((matrix) =>
+    open(attentionInGraph(shape, { norm: attentionNorm, qkv: matrix }), matrix),
+  );
+  const o = await loader.matrix(formsOf('o'), slices.o);
+  const attentionOut = o.map((matrix) => open(attentionOutGraph(shape, matrix), matrix));
+  const ffnNorm = await loader.vector(slices.ffnNorm);
+  const gateUp = await loader.matrix(formsOf('gateUp'), slices.gate, slices.up);
+  const down = await loader.matrix(formsOf('down'), slices.down);
+  return variants.map(({ maxRows }, i) => ({
+    maxRows,
+    attentionIn: attentionIn[i]!,
+    attentionOut: attentionOut[i]!,
     ffn: open(
-      ffnGraph(shape, {
-        norm: (await read(slices.ffnNorm)).values,
-        gateUp: await read(slices.gate, slices.up),
-        down: await read(slices.down),
-      }),
+      ffnGraph(shape, { norm: ffnNorm, gateUp: gateUp[i]!, down: down[i]! }),
+      gateUp[i]!,
+      down[i]!,
     ),
-  };
-}
-
-/** Zeroed float32 memory, committed by the operating system when it is first written. */
-export function allocate(elementCount: number): Float32Array<ArrayBuffer> {
-  try {
-    return new Float32Array(new ArrayBuffer(4 * elementCount));
-  } catch (cause) {
-    throw new CaravanError('out_of_memory', `cannot reserve ${4 * elementCount} bytes`, { cause });
-  }
+  }));
 }

@@ -6,7 +6,7 @@ import type { LlamaConfig } from '../model/config.js';
 import type { RankPlan } from '../model/plan.js';
 import type { Ort, Tensor, TensorArray } from './ort.js';
 import { rotaryTables } from './rotary.js';
-import { allocate } from './shard.js';
+import { allocate } from './memory.js';
 import type { AttentionGroup } from './step-layout.js';
 
 /** Tensors over the first `rows` rows of every buffer. */

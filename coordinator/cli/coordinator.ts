@@ -36,6 +36,7 @@ export function register(program: Command): void {
         maxSeqLen: s.maxSeqLen,
         maxBatchSize: s.maxBatchSize,
         isExact: s.exact,
+        weights: s.weights,
         transport: s.transport,
         onReady: (card) => {
           reportReady({ model: card.name });

@@ -3,9 +3,10 @@ import { execFileSync } from 'node:child_process';
 import net from 'node:net';
 import os from 'node:os';
 import type { Command } from 'commander';
-import { kvBytes, listSlices, planRanks, slicesOf } from '../../model/plan.js';
 import { toCaravanError } from '../../proto/errors.js';
-import { DEFAULT_MAX_STEP_ROWS, groupSpec, openChecked } from '../local-group.js';
+import type { Config } from '../config.js';
+import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
+import { openChecked } from '../local-group.js';
 import { startLocalRank, stopLocalRank } from '../local-ranks.js';
 import { openModelTokenizer } from '../model-tokenizer.js';
 import { Store } from '../store.js';
@@ -177,22 +178,15 @@ async function checkDevice(device: string): Promise<Finding> {
   }
 }
 
-function checkModel(s: {
-  readonly model: string;
-  readonly tp: number;
-  readonly maxSeqLen: number | undefined;
-  readonly maxBatchSize: number;
-}): Finding[] {
+function checkModel(
+  s: Pick<Config, 'model' | 'tp' | 'weights' | 'maxSeqLen' | 'maxBatchSize'>,
+): Finding[] {
   try {
     const checkpoint = openChecked(s.model, s.tp);
     const { config } = checkpoint;
-    const { maxSeqLen } = groupSpec(checkpoint, { ...s, maxStepRows: DEFAULT_MAX_STEP_ROWS });
+    const limits = { ...s, exact: false, maxStepRows: DEFAULT_MAX_STEP_ROWS };
+    const { neededBytes } = planGroup(checkpoint, s.tp, limits);
     const tokenizer = openModelTokenizer(s.model);
-    const neededBytes = planRanks(config, s.tp).reduce((sum, plan) => {
-      const slices = listSlices(slicesOf(config, plan));
-      const elements = slices.reduce((n, { rows, columns }) => n + rows.count * columns.count, 0);
-      return sum + 4 * elements + kvBytes(config, plan, maxSeqLen, s.maxBatchSize);
-    }, 0);
     const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;
     const memory = `${s.tp} ranks need ${gigabytes(neededBytes)}, ${gigabytes(os.freemem())} are free`;
     return [

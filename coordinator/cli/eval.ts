@@ -39,13 +39,14 @@ export function register(program: Command): void {
     'json',
   ]);
   command.action(async () => {
-    const { model, tp, device, maxSeqLen, json } = settings();
+    const s = settings();
+    const { model, json } = s;
     const own = command.opts<{ tokens?: string; text?: string; chunk?: number; logits?: string }>();
     const tokens = readTokens(model, own);
     const positions = parsePositions(own.logits, tokens.length);
     const chunkTokens = own.chunk ?? Math.min(tokens.length, WHOLE_PASS_ROWS);
     const evaluation = await withLocalGroup(
-      { model, tp, device, maxSeqLen, maxBatchSize: 1, maxStepRows: chunkTokens },
+      { ...s, maxBatchSize: 1, maxStepRows: chunkTokens },
       ({ ranks, spec }) => evaluate(ranks, tokens, chunkTokens, positions, spec.maxSeqLen),
     );
     process.stdout.write(json ? `${JSON.stringify(toJson(evaluation))}\n` : toText(evaluation));

@@ -2,18 +2,15 @@
 import os from 'node:os';
 import type { Command } from 'commander';
 import { openCheckpoint, rankBytes, resolveModelPath, sliceBytes } from '../../model/checkpoint.js';
-import {
-  kvBytes,
-  legalTps,
-  listSlices,
-  planRanks,
-  slicesOf,
-  type RankPlan,
-} from '../../model/plan.js';
+import { legalTps, listSlices, slicesOf } from '../../model/plan.js';
 import type { Checkpoint } from '../../model/checkpoint.js';
-import { shapeOf } from '../../model/stored-tensor.js';
 import { verifyChecklist } from '../checklist.js';
-import { groupSpec, DEFAULT_MAX_STEP_ROWS } from '../local-group.js';
+import {
+  DEFAULT_MAX_STEP_ROWS,
+  parameterCount,
+  planGroup,
+  type PlannedGroup,
+} from '../group-spec.js';
 import { declareSettings } from './options.js';
 
 export function register(program: Command): void {
@@ -33,7 +30,7 @@ export function register(program: Command): void {
     'json',
   ]);
   command.action(async () => {
-    const { model, tp, maxSeqLen, maxBatchSize, json } = settings();
+    const { model, tp, weights, exact, maxSeqLen, maxBatchSize, json } = settings();
     const { slices: showsSlices, verify } = command.opts<{ slices?: true; verify?: true }>();
     const path = resolveModelPath(model);
     // Before anything is read that may be damaged.
@@ -42,23 +39,16 @@ export function register(program: Command): void {
         ? await verifyChecklist(path, process.stderr.isTTY ? process.stderr : null)
         : null;
     const checkpoint = openCheckpoint(path);
-    const spec = groupSpec(checkpoint, {
-      maxSeqLen,
-      maxBatchSize,
-      maxStepRows: DEFAULT_MAX_STEP_ROWS,
-    });
-    const report = { ...describe(checkpoint, tp, spec.maxSeqLen, maxBatchSize), verified };
+    const limits = { weights, exact, maxSeqLen, maxBatchSize, maxStepRows: DEFAULT_MAX_STEP_ROWS };
+    const group = planGroup(checkpoint, tp, limits);
+    const report = { ...describe(checkpoint, group), verified };
     if (json) process.stdout.write(`${JSON.stringify(report)}\n`);
     else process.stdout.write(toText(report, showsSlices === true));
   });
 }
 
-function describe(checkpoint: Checkpoint, tp: number, maxSeqLen: number, maxBatchSize: number) {
+function describe(checkpoint: Checkpoint, { spec, weights, ranks, neededBytes }: PlannedGroup) {
   const { config } = checkpoint;
-  const ranks = planRanks(config, tp).map((plan) =>
-    describeRank(checkpoint, plan, maxSeqLen, maxBatchSize),
-  );
-  const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);
   const machineBytes = os.totalmem();
   const stored = [...checkpoint.tensors.values()];
   return {
@@ -67,13 +57,13 @@ function describe(checkpoint: Checkpoint, tp: number, maxSeqLen: number, maxBatc
     digest: checkpoint.digest,
     config,
     formats: [...new Set(stored.flatMap(({ pieces }) => pieces.map((p) => p.format)))].sort(),
-    parameterCount: stored.reduce((sum, t) => sum + shapeOf(t).reduce((a, b) => a * b, 1), 0),
-    weights: 'fp32',
-    tp,
+    parameterCount: parameterCount(checkpoint),
+    weights,
+    tp: ranks.length,
     legalTp: { least: 1, most: legalTps(config).length },
-    maxSeqLen,
-    maxBatchSize,
-    ranks,
+    maxSeqLen: spec.maxSeqLen,
+    maxBatchSize: spec.maxBatchSize,
+    ranks: ranks.map((rank) => describeRank(checkpoint, rank)),
     // All ranks on this machine: what `caravan up` would need.
     neededBytes,
     machineBytes,
@@ -86,15 +76,9 @@ type Report = ReturnType<typeof describe> & { readonly verified: readonly string
 
 function describeRank(
   checkpoint: Checkpoint,
-  plan: RankPlan,
-  maxSeqLen: number,
-  maxBatchSize: number,
+  { plan, weightBytes, kvBytes }: PlannedGroup['ranks'][number],
 ) {
-  const { config } = checkpoint;
-  const slices = slicesOf(config, plan);
-  const list = listSlices(slices);
-  const elements = list.reduce((sum, { rows, columns }) => sum + rows.count * columns.count, 0);
-  const tiedHead = config.isHeadTied ? plan.vocab.count * config.hiddenSize : 0;
+  const slices = slicesOf(checkpoint.config, plan);
   return {
     rank: plan.rank,
     queryHeads: plan.queryHeads,
@@ -103,9 +87,9 @@ function describeRank(
     vocab: plan.vocab,
     /** What the rank reads of the checkpoint: headers and slices. */
     readBytes: rankBytes(checkpoint, slices),
-    weightBytes: 4 * (elements + tiedHead),
-    kvBytes: kvBytes(config, plan, maxSeqLen, maxBatchSize),
-    slices: list.map((slice) => ({
+    weightBytes,
+    kvBytes,
+    slices: listSlices(slices).map((slice) => ({
       tensor: slice.tensor,
       rows: slice.rows,
       columns: slice.columns,

@@ -4,9 +4,9 @@ import fs from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Command } from 'commander';
 import type { Logger } from 'pino';
-import { planRanks } from '../../model/plan.js';
 import { CaravanError } from '../../proto/errors.js';
-import { groupSpec, DEFAULT_MAX_STEP_ROWS, openChecked } from '../local-group.js';
+import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
+import { openChecked } from '../local-group.js';
 import { threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
 import { openLog } from '../process.js';
@@ -104,11 +104,11 @@ class Caravan {
     const s = this.#settings;
     // What is wrong with the model is said before any process starts.
     const checkpoint = openChecked(s.model, s.tp);
-    groupSpec(checkpoint, { ...s, maxStepRows: DEFAULT_MAX_STEP_ROWS });
-    const { tp } = planRanks(checkpoint.config, s.tp)[0]!;
+    const { tp } = s;
+    const { weights } = planGroup(checkpoint, tp, { ...s, maxStepRows: DEFAULT_MAX_STEP_ROWS });
     const note = s.weights === 'auto' ? ' (auto)' : '';
     process.stderr.write(
-      `caravan: ${path.basename(checkpoint.path)} on ${tp} ranks, weights fp32${note}\n`,
+      `caravan: ${path.basename(checkpoint.path)} on ${tp} ranks, weights ${weights}${note}\n`,
     );
     const redisUrl = s.redis ?? (await this.#startRedis());
     const addresses = await Promise.all(Array.from({ length: tp }, () => this.#startRank(tp)));
@@ -119,7 +119,7 @@ class Caravan {
         ...shared,
         ...['--ranks', addresses.join(',')],
         ...['--model', s.model, '--max-batch-size', String(s.maxBatchSize)],
-        ...['--transport', s.transport],
+        ...['--transport', s.transport, '--weights', s.weights],
         ...(s.exact ? ['--exact'] : []),
         ...optional('maxSeqLen', s.maxSeqLen),
         ...optional('servedModelName', s.servedModelName),

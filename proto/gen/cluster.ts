@@ -43,13 +43,24 @@ export namespace Transport {
   export type UNRECOGNIZED = typeof Transport.UNRECOGNIZED;
 }
 
-export const Weights = { WEIGHTS_UNSPECIFIED: 0, WEIGHTS_FP32: 1, UNRECOGNIZED: -1 } as const;
+export const Weights = {
+  WEIGHTS_UNSPECIFIED: 0,
+  WEIGHTS_FP32: 1,
+  WEIGHTS_INT8: 2,
+  WEIGHTS_INT4: 3,
+  /** WEIGHTS_INT4_INT8 - int4 for few rows, int8 for many. */
+  WEIGHTS_INT4_INT8: 4,
+  UNRECOGNIZED: -1,
+} as const;
 
 export type Weights = typeof Weights[keyof typeof Weights];
 
 export namespace Weights {
   export type WEIGHTS_UNSPECIFIED = typeof Weights.WEIGHTS_UNSPECIFIED;
   export type WEIGHTS_FP32 = typeof Weights.WEIGHTS_FP32;
+  export type WEIGHTS_INT8 = typeof Weights.WEIGHTS_INT8;
+  export type WEIGHTS_INT4 = typeof Weights.WEIGHTS_INT4;
+  export type WEIGHTS_INT4_INT8 = typeof Weights.WEIGHTS_INT4_INT8;
   export type UNRECOGNIZED = typeof Weights.UNRECOGNIZED;
 }
 
@@ -129,6 +140,8 @@ export interface Load {
   /** How long a rank waits for a peer within a step, in milliseconds, before it fails the step. */
   stepTimeoutMs: number;
   transport: Transport;
+  /** A row's result may not depend on the rows beside it: int4 takes blocks of 32 then. */
+  isExact: boolean;
 }
 
 export interface LoadProgress {
@@ -573,6 +586,7 @@ function createBaseLoad(): Load {
     maxStepRows: 0,
     stepTimeoutMs: 0,
     transport: 0,
+    isExact: false,
   };
 }
 
@@ -613,6 +627,9 @@ export const Load: MessageFns<Load> = {
     }
     if (message.transport !== 0) {
       writer.uint32(96).int32(message.transport);
+    }
+    if (message.isExact !== false) {
+      writer.uint32(104).bool(message.isExact);
     }
     return writer;
   },
@@ -724,6 +741,14 @@ export const Load: MessageFns<Load> = {
             }
 
             message.transport = reader.int32() as any;
+            continue;
+          }
+          case 13: {
+            if (tag !== 104) {
+              break;
+            }
+
+            message.isExact = reader.bool();
             continue;
           }
         }

@@ -1,0 +1,116 @@
+/**
+ * What a group of ranks is told, and what that means for memory. Arithmetic, but for the size of this machine.
+ */
+import os from 'node:os';
+import type { Checkpoint } from '../model/checkpoint.js';
+import { kvBytes, planRanks, type RankPlan } from '../model/plan.js';
+import { shapeOf } from '../model/stored-tensor.js';
+import {
+  weightBytes,
+  weightForms,
+  weightsCodes,
+  type WeightForms,
+  type WeightsMode,
+} from '../model/weights.js';
+import { CaravanError } from '../proto/errors.js';
+import { Transport } from '../proto/gen/cluster.js';
+import type { Config } from './config.js';
+import type { GroupSpec } from './ranks.js';
+
+export interface GroupLimits {
+  readonly weights: Config['weights'];
+  readonly exact: boolean;
+  readonly maxSeqLen: number | undefined;
+  readonly maxBatchSize: number;
+  readonly maxStepRows: number;
+  /** `auto` if left out. */
+  readonly transport?: Config['transport'];
+}
+
+/** A group that can be: its spec, and what every rank holds. */
+export interface PlannedGroup {
+  readonly spec: GroupSpec;
+  readonly weights: WeightsMode;
+  readonly forms: WeightForms;
+  readonly ranks: readonly { readonly plan: RankPlan; weightBytes: number; kvBytes: number }[];
+  /** All ranks together. */
+  readonly neededBytes: number;
+}
+
+export const DEFAULT_STEP_TIMEOUT_MS = 60_000;
+
+/** Rows of one step, unless it is told otherwise. */
+export const DEFAULT_MAX_STEP_ROWS = 512;
+
+/** Below it a model is quick as it is, and small enough to suffer from fewer bits. */
+const SMALL_PARAMETER_COUNT = 50e6;
+/** What `auto` leaves to everything else on the machine. */
+const USABLE_MEMORY = 0.9;
+
+const transports = {
+  auto: Transport.TRANSPORT_UNSPECIFIED,
+  grpc: Transport.TRANSPORT_GRPC,
+  shm: Transport.TRANSPORT_SHM,
+} as const;
+
+/**
+ * Plans a group.
+ *
+ * @param machineBytes memory that all ranks share; `auto` chooses by it.
+ * @throws CaravanError `illegal_tp`, or `bad_usage` when maxSeqLen is more than the checkpoint was trained for or
+ *   the weights mode cannot be exact.
+ */
+export function planGroup(
+  checkpoint: Checkpoint,
+  tp: number,
+  limits: GroupLimits,
+  machineBytes = os.totalmem(),
+): PlannedGroup {
+  const { maxPositions } = checkpoint.config;
+  const maxSeqLen = limits.maxSeqLen ?? maxPositions;
+  if (maxSeqLen > maxPositions) {
+    throw new CaravanError(
+      'bad_usage',
+      `--max-seq-len ${maxSeqLen}: the model was trained for ${maxPositions} positions`,
+    );
+  }
+  if (limits.exact && limits.weights === 'int4+int8') {
+    throw new CaravanError(
+      'bad_usage',
+      '--weights int4+int8 chooses by the number of rows and cannot be --exact: use int8, int4 or fp32',
+    );
+  }
+  const planned = (weights: WeightsMode): PlannedGroup => {
+    const forms = weightForms(checkpoint.config, tp, weights, limits.exact);
+    const ranks = planRanks(checkpoint.config, tp, forms.ffnGrid).map((plan) => ({
+      plan,
+      weightBytes: weightBytes(checkpoint.config, plan, forms),
+      kvBytes: kvBytes(checkpoint.config, plan, maxSeqLen, limits.maxBatchSize),
+    }));
+    const spec: GroupSpec = {
+      modelPath: checkpoint.path,
+      checkpointDigest: checkpoint.digest,
+      weights: weightsCodes[weights],
+      isExact: limits.exact,
+      maxSeqLen,
+      maxBatchSize: limits.maxBatchSize,
+      // A decode of every slot must fit into a step.
+      maxStepRows: Math.max(limits.maxStepRows, limits.maxBatchSize + 16),
+      stepTimeoutMs: DEFAULT_STEP_TIMEOUT_MS,
+      transport: transports[limits.transport ?? 'auto'],
+    };
+    const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);
+    return { spec, weights, forms, ranks, neededBytes };
+  };
+  if (limits.weights !== 'auto') return planned(limits.weights as WeightsMode);
+  if (parameterCount(checkpoint) < SMALL_PARAMETER_COUNT) return planned('fp32');
+  if (limits.exact) return planned('int8');
+  const both = planned('int4+int8');
+  return both.neededBytes <= USABLE_MEMORY * machineBytes ? both : planned('int4');
+}
+
+export function parameterCount({ tensors }: Checkpoint): number {
+  let sum = 0;
+  for (const source of tensors.values()) sum += shapeOf(source).reduce((a, b) => a * b, 1);
+  return sum;
+}

@@ -1,0 +1,153 @@
+/**
+ * How weights are held in memory. Arithmetic only: coordinator and ranks come to the same answer.
+ *
+ *   fp32   4 bytes a weight
+ *   int8   signed, one scale an output; activations are scaled row by row
+ *   int4   blocks along the inputs, each with a scale
+ *
+ * `int4+int8` holds both: int4 is faster for few rows, where memory is the limit, int8 for many, where arithmetic
+ * is. Blocks lie on the whole tensor's grid, and ranks are cut on it, so that a weight has the same value at every
+ * tp. (A scale of int8 covers what a rank holds of an output: finer than the whole where inputs are cut.)
+ */
+import { Weights } from '../proto/gen/cluster.js';
+import type { LlamaConfig } from './config.js';
+import { cut, listSlices, slicesOf, type RankPlan } from './plan.js';
+
+export const weightsModes = ['fp32', 'int8', 'int4', 'int4+int8'] as const;
+export type WeightsMode = (typeof weightsModes)[number];
+
+/** On the wire. */
+export const weightsCodes = {
+  fp32: Weights.WEIGHTS_FP32,
+  int8: Weights.WEIGHTS_INT8,
+  int4: Weights.WEIGHTS_INT4,
+  'int4+int8': Weights.WEIGHTS_INT4_INT8,
+} as const satisfies Record<WeightsMode, Weights>;
+
+export type WeightForm =
+  | { readonly kind: 'fp32' }
+  | { readonly kind: 'int8' }
+  | { readonly kind: 'int4'; readonly block: number };
+
+/** The forms of a layer's matrices, for steps of at most `maxRows` rows. */
+export interface FormVariant {
+  readonly maxRows: number;
+  readonly qkv: WeightForm;
+  readonly o: WeightForm;
+  readonly gateUp: WeightForm;
+  readonly down: WeightForm;
+}
+
+export interface WeightForms {
+  /** Rising in maxRows; the last takes any number. */
+  readonly variants: readonly FormVariant[];
+  readonly embedding: WeightForm;
+  readonly head: WeightForm;
+  /** The feed-forward network is cut on multiples of this. */
+  readonly ffnGrid: number;
+}
+
+/** From the fastest; the runtime takes no smaller one that would be worth it. */
+const BLOCKS = [128, 64, 32] as const;
+/** Up to this block a row's result does not depend on how many rows there are. */
+const EXACT_BLOCK = 32;
+/** How much larger than the mean the largest rank may be because it was cut on a grid. */
+const MAX_IMBALANCE = 1.05;
+/** From this many rows on, int8 is faster than int4. */
+const FEW_ROWS = 3;
+
+/** @param isExact int4 then takes blocks of 32 only. */
+export function weightForms(
+  config: LlamaConfig,
+  tp: number,
+  mode: WeightsMode,
+  isExact: boolean,
+): WeightForms {
+  const blocks = BLOCKS.filter((block) => !isExact || block <= EXACT_BLOCK);
+  const int8 = { kind: 'int8' } as const;
+  const int4 = (block: number | undefined): WeightForm =>
+    block === undefined ? int8 : { kind: 'int4', block };
+  const dividing = (width: number) => blocks.find((block) => width % block === 0);
+  const ffnBlock = blocks.find((block) => isEven(config.ffnSize, tp, block));
+  const all = (form: WeightForm, maxRows = Infinity): FormVariant => ({
+    maxRows,
+    qkv: form,
+    o: form,
+    gateUp: form,
+    down: form,
+  });
+  const fourBits = (maxRows: number): FormVariant => ({
+    maxRows,
+    qkv: int4(dividing(config.hiddenSize)),
+    // Ranks are cut between heads.
+    o: int4(dividing(config.headSize)),
+    gateUp: int4(dividing(config.hiddenSize)),
+    down: int4(ffnBlock),
+  });
+  switch (mode) {
+    case 'fp32': {
+      const fp32 = { kind: 'fp32' } as const;
+      return { variants: [all(fp32)], embedding: fp32, head: fp32, ffnGrid: 1 };
+    }
+    case 'int8':
+      return { variants: [all(int8)], embedding: int8, head: int8, ffnGrid: 1 };
+    case 'int4':
+      return {
+        variants: [fourBits(Infinity)],
+        embedding: int8,
+        head: int8,
+        ffnGrid: ffnBlock ?? 1,
+      };
+    case 'int4+int8':
+      return {
+        variants: [fourBits(FEW_ROWS), all(int8)],
+        embedding: int8,
+        head: int8,
+        ffnGrid: ffnBlock ?? 1,
+      };
+  }
+}
+
+/** Whether the network's columns, cut on a grid, are shared evenly enough. */
+function isEven(ffnSize: number, tp: number, block: number): boolean {
+  if (ffnSize % block !== 0 || ffnSize / block < tp) return false;
+  return cut(ffnSize / block, tp, 0).count * block <= (MAX_IMBALANCE * ffnSize) / tp;
+}
+
+/** Bytes of a matrix (outputs, inputs) in a form, scales included. */
+export function formBytes(form: WeightForm, outputs: number, inputs: number): number {
+  switch (form.kind) {
+    case 'fp32':
+      return 4 * outputs * inputs;
+    case 'int8':
+      return outputs * inputs + 4 * outputs;
+    case 'int4': {
+      const blockCount = Math.ceil(inputs / form.block);
+      return outputs * blockCount * (form.block / 2 + 4);
+    }
+  }
+}
+
+/** Bytes of one rank's weights as it holds them. */
+export function weightBytes(config: LlamaConfig, plan: RankPlan, forms: WeightForms): number {
+  const slices = slicesOf(config, plan);
+  const bytes = (
+    form: WeightForm,
+    ...parts: { rows: { count: number }; columns: { count: number } }[]
+  ) =>
+    formBytes(
+      form,
+      parts.reduce((sum, part) => sum + part.rows.count, 0),
+      parts[0]!.columns.count,
+    );
+  const vectors = listSlices(slices).filter(({ shape }) => shape.length === 1);
+  let sum = 4 * vectors.reduce((total, { columns }) => total + columns.count, 0);
+  sum += bytes(forms.embedding, slices.embedding) + bytes(forms.head, slices.head);
+  for (const layer of slices.layers) {
+    for (const form of forms.variants) {
+      sum += bytes(form.qkv, layer.q, layer.k, layer.v) + bytes(form.o, layer.o);
+      sum += bytes(form.gateUp, layer.gate, layer.up) + bytes(form.down, layer.down);
+    }
+  }
+  return sum;
+}

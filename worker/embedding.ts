@@ -1,0 +1,55 @@
+/**
+ * This rank's rows of the token embedding, looked up by our own code: a copy of a row is all that is asked of it.
+ */
+import type { WeightForm } from '../model/weights.js';
+import { allocate, allocateBytes } from './memory.js';
+
+export class Embedding {
+  readonly #hiddenSize: number;
+  /** (vocab.count, hidden) */
+  readonly #values: Float32Array | Int8Array;
+  /** (vocab.count) with 8 bits; else empty. */
+  readonly #scales: Float32Array;
+
+  /** @param form fp32, or else 8 bits with a scale a row. */
+  constructor(form: WeightForm, rowCount: number, hiddenSize: number) {
+    this.#hiddenSize = hiddenSize;
+    const isWhole = form.kind === 'fp32';
+    this.#values = isWhole
+      ? allocate(rowCount * hiddenSize)
+      : new Int8Array(allocateBytes(rowCount * hiddenSize));
+    this.#scales = new Float32Array(isWhole ? 0 : rowCount);
+  }
+
+  /** @param rows (count, hidden), from our row `first`. */
+  write(rows: Float32Array, first: number, count: number): void {
+    const width = this.#hiddenSize;
+    if (this.#values instanceof Float32Array) {
+      this.#values.set(rows.subarray(0, count * width), first * width);
+      return;
+    }
+    for (let r = 0; r < count; r += 1) {
+      const row = rows.subarray(r * width, (r + 1) * width);
+      let largest = 0;
+      for (let i = 0; i < width; i += 1) largest = Math.max(largest, Math.abs(row[i]!));
+      this.#scales[first + r] = largest / 127;
+      const inverse = largest === 0 ? 0 : 127 / largest;
+      const to = (first + r) * width;
+      for (let i = 0; i < width; i += 1) {
+        this.#values[to + i] = ((row[i]! * inverse + 128.5) | 0) - 128;
+      }
+    }
+  }
+
+  /** Copies our row `row` to `target`, from index `at`. */
+  copyRow(row: number, target: Float32Array, at: number): void {
+    const width = this.#hiddenSize;
+    const from = row * width;
+    if (this.#values instanceof Float32Array) {
+      target.set(this.#values.subarray(from, from + width), at);
+      return;
+    }
+    const scale = this.#scales[row]!;
+    for (let i = 0; i < width; i += 1) target[at + i] = this.#values[from + i]! * scale;
+  }
+}

@@ -1,0 +1,184 @@
+/**
+ * Reads a rank's matrices and turns them into the forms that its sessions take, some rows at a time: beside the
+ * final weights, only the matrices of one segment are in memory.
+ */
+import type { Checkpoint } from '../model/checkpoint.js';
+import type { TensorSlice } from '../model/plan.js';
+import { SliceReader } from '../model/slice-reader.js';
+import type { WeightForm } from '../model/weights.js';
+import { CaravanError } from '../proto/errors.js';
+import { GraphBuilder, type Graph } from './graph-builder.js';
+import { linearWriter, type ArraySource, type Linear } from './linear.js';
+import { elementType, type Ort, type Session } from './ort.js';
+import { allocate, allocateBytes } from './memory.js';
+
+/** Floats that are read before they are turned into another form. */
+const CHUNK_ELEMENTS = 1 << 22;
+
+/** Takes rows of a matrix, (count, inputs), from row `first` of all parts. */
+export type RowSink = (rows: Float32Array, first: number, count: number) => void;
+
+export class WeightLoader {
+  readonly #reader: SliceReader;
+  readonly #headSize: number;
+  readonly #onProgress: (bytesRead: number) => void;
+  readonly #signal: AbortSignal;
+  readonly #pool = new ArrayPool();
+  readonly #packing: PackingProbe;
+  readonly #ort: Ort;
+  #chunk = new Float32Array(0);
+
+  /** @param onProgress hears of the bytes read so far. */
+  constructor(
+    ort: Ort,
+    checkpoint: Checkpoint,
+    onProgress: (bytesRead: number) => void,
+    signal: AbortSignal,
+  ) {
+    this.#ort = ort;
+    this.#reader = new SliceReader(checkpoint);
+    this.#headSize = checkpoint.config.headSize;
+    this.#onProgress = onProgress;
+    this.#signal = signal;
+    this.#packing = new PackingProbe(ort);
+  }
+
+  get bytesRead(): number {
+    return this.#reader.bytesRead;
+  }
+
+  close(): void {
+    this.#reader.close();
+  }
+
+  async vector(slice: TensorSlice): Promise<Float32Array> {
+    const values = new Float32Array(slice.columns.count);
+    await this.#reader.read(slice, values, 0);
+    return values;
+  }
+
+  /** One matrix of the rows of all parts, in each of the forms. */
+  async matrix(forms: readonly WeightForm[], ...parts: TensorSlice[]): Promise<Linear[]> {
+    const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
+    const inputs = parts[0]!.columns.count;
+    const writers = forms.map((form) => linearWriter(form, outputs, inputs, this.#pool));
+    await this.rows(parts, (rows, first, count) => {
+      for (const writer of writers) writer.write(rows, first, count);
+    });
+    return writers.map(({ linear }) => linear);
+  }
+
+  /**
+   * Reads the rows of all parts, some at a time.
+   *
+   * @throws CaravanError `invalid_checkpoint`, or `cancelled` when the signal aborts.
+   */
+  async rows(parts: readonly TensorSlice[], sink: RowSink): Promise<void> {
+    let first = 0;
+    for (const part of parts) {
+      const width = part.columns.count;
+      // Readers exchange rows within heads: a chunk has whole ones.
+      const heads = Math.max(1, Math.floor(CHUNK_ELEMENTS / (width * this.#headSize)));
+      const most = heads * this.#headSize;
+      for (let done = 0; done < part.rows.count; done += most) {
+        if (this.#signal.aborted) throw new CaravanError('cancelled', 'loading was cancelled');
+        const count = Math.min(most, part.rows.count - done);
+        if (this.#chunk.length < count * width) this.#chunk = allocate(count * width);
+        const rows = { start: part.rows.start + done, count };
+        await this.#reader.read({ ...part, rows }, this.#chunk, 0);
+        sink(this.#chunk, first, count);
+        first += count;
+      }
+      this.#onProgress(this.#reader.bytesRead);
+    }
+  }
+
+  /** Loads a graph of these matrices; their arrays serve the next ones, where the runtime has its own copies. */
+  open(graph: Graph, matrices: readonly Linear[]): Session {
+    const session = this.#ort.createSession(graph);
+    for (const matrix of matrices) {
+      if (this.#packing.packs(matrix)) this.#pool.giveBack(matrix);
+      else session.keep(matrix);
+    }
+    return session;
+  }
+}
+
+/** Arrays of matrices whose sessions are made, by size. Layers are alike, so that few are needed. */
+class ArrayPool implements ArraySource {
+  readonly #free = new Map<number, ArrayBuffer[]>();
+
+  take(byteCount: number): ArrayBuffer {
+    return this.#free.get(byteCount)?.pop() ?? allocateBytes(byteCount);
+  }
+
+  giveBack(matrix: Linear): void {
+    for (const { buffer } of arraysOf(matrix)) {
+      const list = this.#free.get(buffer.byteLength) ?? [];
+      list.push(buffer as ArrayBuffer);
+      this.#free.set(buffer.byteLength, list);
+    }
+  }
+}
+
+/**
+ * Whether the runtime, once a session is made, still reads a matrix where we gave it. Its documentation says that it
+ * may; its kernels mostly pack a copy. Which do is seen by clearing ours, once for every shape and form.
+ */
+class PackingProbe {
+  readonly #ort: Ort;
+  readonly #known = new Map<string, boolean>();
+
+  constructor(ort: Ort) {
+    this.#ort = ort;
+  }
+
+  packs(matrix: Linear): boolean {
+    const { kind, outputs, inputs } = matrix;
+    const key = [kind, outputs, inputs, kind === 'int4' ? matrix.block : 0].join();
+    let isPacked = this.#known.get(key);
+    if (isPacked === undefined) {
+      isPacked = this.#try(matrix);
+      this.#known.set(key, isPacked);
+    }
+    return isPacked;
+  }
+
+  /** Tries it on a matrix of the same width and remainders, but few outputs. */
+  #try(like: Linear): boolean {
+    const { inputs } = like;
+    const outputs = Math.min(like.outputs, 64 + (like.outputs % 64));
+    const form =
+      like.kind === 'int4' ? { kind: like.kind, block: like.block } : { kind: like.kind };
+    const writer = linearWriter(form, outputs, inputs, { take: allocateBytes });
+    const wave = (count: number) => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1));
+    writer.write(wave(outputs * inputs), 0, outputs);
+    const builder = new GraphBuilder();
+    builder.input('x', elementType.float32, [1, 'rows', inputs]);
+    builder.linear('x', writer.linear, 'y');
+    builder.output('y', elementType.float32, [1, 'rows', outputs]);
+    const session = this.#ort.createSession(builder.finish());
+    // One row and several take different kernels.
+    const runs = [1, 5].map((rowCount) => ({
+      x: this.#ort.tensor(wave(rowCount * inputs), [1, rowCount, inputs]),
+      y: this.#ort.tensor(new Float32Array(rowCount * outputs), [1, rowCount, outputs]),
+    }));
+    const compute = () =>
+      runs.flatMap(({ x, y }) => {
+        session.run([x], [y]);
+        return [...(y.array as Float32Array)];
+      });
+    const before = compute();
+    for (const array of arraysOf(writer.linear)) array.fill(0);
+    const after = compute();
+    for (const { x, y } of runs) {
+      x.release();
+      y.release();
+    }
+    session.release();
+    return before.every((value, i) => value === after[i]);
+  }
+}
+
+const arraysOf = (matrix: Linear): (Float32Array | Int8Array | Uint8Array)[] =>
+  matrix.kind === 'fp32' ? [matrix.values] : [matrix.values, matrix.scales];
