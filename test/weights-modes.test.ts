@@ -1,0 +1,249 @@
+/** Weights in 8 and 4 bits: how near they come, that a tp changes nothing, and what they take. */
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test } from 'node:test';
+import { evaluate } from '../coordinator/evaluation.js';
+import { planGroup, type GroupLimits } from '../coordinator/group-spec.js';
+import { openModelTokenizer } from '../coordinator/model-tokenizer.js';
+import { packageRoot } from '../coordinator/package-root.js';
+import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
+import type { LlamaConfig } from '../model/config.js';
+import { legalTps, planRanks } from '../model/plan.js';
+import { weightForms, type WeightForm, type WeightsMode } from '../model/weights.js';
+import { CaravanError } from '../proto/errors.js';
+import { linearWriter } from '../worker/linear.js';
+import { largeConfig } from './large-config.js';
+import { Random } from './random.js';
+import { writeRandomCheckpoint } from './random-checkpoint.js';
+import { RankPool } from './rank-pool.js';
+
+const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-weights-'));
+const pool = new RankPool();
+after(async () => {
+  await pool.stop();
+  fs.rmSync(scratch, { recursive: true, force: true });
+});
+
+/** The weight (output, input) that a matrix stands for. */
+function valueOf(linear: ReturnType<typeof linearWriter>['linear'], output: number, input: number) {
+  switch (linear.kind) {
+    case 'fp32':
+      return linear.values[output * linear.inputs + input]!;
+    case 'int8':
+      return linear.values[input * linear.outputs + output]! * linear.scales[output]!;
+    case 'int4': {
+      const at = output * linear.inputs + input;
+      const nibble = (linear.values[at >> 1]! >> (4 * (at & 1))) & 15;
+      return (nibble - 8) * linear.scales[Math.floor(at / linear.block)]!;
+    }
+  }
+}
+
+const forms: readonly WeightForm[] = [
+  { kind: 'fp32' },
+  { kind: 'int8' },
+  { kind: 'int4', block: 32 },
+  { kind: 'int4', block: 128 },
+];
+
+for (const form of forms) {
+  const name = form.kind === 'int4' ? `int4 in blocks of ${form.block}` : form.kind;
+  void test(`${name}: every weight is within its step of what it was`, () => {
+    const random = new Random(1);
+    const [outputs, inputs] = [77, 256];
+    const rows = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.3);
+    rows.fill(0, 3 * inputs, 4 * inputs);
+    const writer = linearWriter(form, outputs, inputs, { take: (n) => new ArrayBuffer(n) });
+    // Rows come some at a time.
+    for (const [first, count] of [
+      [0, 5],
+      [5, 40],
+      [45, 32],
+    ] as const) {
+      writer.write(rows.subarray(first * inputs), first, count);
+    }
+    const block = form.kind === 'int4' ? form.block : inputs;
+    // Half a step; with 4 bits the weight opposite to the largest may be cut off by a whole one.
+    const steps = { fp32: 0, int8: 0.5 / 127, int4: 1 / 8 }[form.kind];
+    for (let output = 0; output < outputs; output += 1) {
+      for (let input = 0; input < inputs; input += 1) {
+        const start = output * inputs + Math.floor(input / block) * block;
+        const largest = rows
+          .subarray(start, start + block)
+          .reduce((m, x) => Math.max(m, Math.abs(x)), 0);
+        const error = Math.abs(
+          valueOf(writer.linear, output, input) - rows[output * inputs + input]!,
+        );
+        assert.ok(error <= steps * largest * 1.0001, `${output}, ${input}: off by ${error}`);
+      }
+    }
+  });
+}
+
+const heldOut = JSON.parse(
+  fs.readFileSync(path.join(packageRoot, 'test/golden/held-out.json'), 'utf8'),
+) as { stories: readonly string[] };
+
+void test('caravan-tiny keeps its perplexity: 1 % with 8 bits, 6 % with 4', async (t) => {
+  const tokenizer = openModelTokenizer(undefined);
+  const stories = heldOut.stories.map((story) => [
+    tokenizer.bosTokenId,
+    ...tokenizer.encode(story),
+  ]);
+  const limits = { tp: 2, maxSeqLen: 256, maxBatchSize: 1, maxStepRows: 256 };
+  const measure = async (weights: WeightsMode) => {
+    let surprise = 0;
+    let count = 0;
+    const argmax: number[] = [];
+    for (const ids of stories) {
+      // A group begins with empty slots; ranks keep their weights from one to the next.
+      const terms = { ...limits, weights, exact: false };
+      const evaluation = await pool.withGroup(embeddedModelPath(), terms, ({ ranks }) =>
+        evaluate(ranks, ids, 256, [], 256),
+      );
+      surprise += Math.log(evaluation.perplexity!) * (ids.length - 1);
+      count += ids.length - 1;
+      argmax.push(...evaluation.argmax);
+    }
+    return { perplexity: Math.exp(surprise / count), argmax };
+  };
+  const whole = await measure('fp32');
+  for (const [mode, most] of [
+    ['int8', 1.01],
+    ['int4', 1.06],
+  ] as const) {
+    const { perplexity, argmax } = await measure(mode);
+    const agreed = argmax.filter((id, i) => id === whole.argmax[i]).length / argmax.length;
+    const ratio = perplexity / whole.perplexity;
+    t.diagnostic(
+      `${mode}: perplexity ${perplexity.toFixed(4)}, ${ratio.toFixed(4)} of fp32's; ` +
+        `the likeliest token agrees at ${(100 * agreed).toFixed(1)} % of ${argmax.length} positions`,
+    );
+    assert.ok(ratio < most, `${mode}: ${ratio}`);
+    assert.ok(agreed > 0.9, `${mode}: ${agreed}`);
+  }
+});
+
+const config: LlamaConfig = {
+  hiddenSize: 256,
+  ffnSize: 768,
+  layerCount: 2,
+  headCount: 8,
+  kvHeadCount: 4,
+  headSize: 32,
+  vocabSize: 300,
+  maxPositions: 128,
+  normEps: 1e-5,
+  ropeTheta: 10_000,
+  isHeadTied: true,
+};
+
+void test('a rank that holds some columns holds the same 4-bit weights as one that holds all', () => {
+  const random = new Random(4);
+  const [outputs, inputs] = [6, 768];
+  const rows = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.5);
+  const take = (n: number) => new ArrayBuffer(n);
+  const whole = linearWriter({ kind: 'int4', block: 128 }, outputs, inputs, { take });
+  whole.write(rows, 0, outputs);
+  for (const tp of [2, 3]) {
+    const shape = { ...config, ffnSize: inputs };
+    const { ffnGrid, variants } = weightForms(shape, tp, 'int4', false);
+    for (const { ffn } of planRanks(shape, tp, ffnGrid)) {
+      const part = linearWriter(variants[0]!.down, outputs, ffn.count, { take });
+      for (let output = 0; output < outputs; output += 1) {
+        const from = output * inputs + ffn.start;
+        part.write(rows.subarray(from, from + ffn.count), output, 1);
+      }
+      for (let output = 0; output < outputs; output += 1) {
+        for (let input = 0; input < ffn.count; input += 1) {
+          const value = valueOf(part.linear, output, input);
+          assert.equal(value, valueOf(whole.linear, output, ffn.start + input));
+        }
+      }
+    }
+  }
+});
+
+void test('quantized logits stay near those of float32, and near each other at every tp', async (t) => {
+  const folder = path.join(scratch, 'even');
+  writeRandomCheckpoint(folder, { config, seed: 4, format: 'F32', shardCount: 1 });
+  const random = new Random(4);
+  const tokens = Array.from({ length: 40 }, () => random.below(config.vocabSize));
+  const positions = [0, 20, 39];
+  const logitsAt = (tp: number, weights: WeightsMode) =>
+    pool.withGroup(
+      folder,
+      { tp, maxSeqLen: 128, maxBatchSize: 1, maxStepRows: 64, weights, exact: true },
+      async ({ ranks }) => {
+        const { logits } = await evaluate(ranks, tokens, 40, positions, 128);
+        return positions.flatMap((position) => [...logits.get(position)!]);
+      },
+    );
+  const meanDistance = (a: readonly number[], b: readonly number[]): number =>
+    a.reduce((sum, x, i) => sum + Math.abs(x - b[i]!), 0) / a.length;
+  const whole = await logitsAt(1, 'fp32');
+  for (const [mode, nearFloat, nearEachOther] of [
+    // Each rank scales what it holds of a row of 8 bits: rounded otherwise, no worse.
+    ['int8', 0.1, 0.1],
+    ['int4', 0.8, 0.03],
+  ] as const) {
+    const alone = await logitsAt(1, mode);
+    const lost = meanDistance(alone, whole);
+    const apart: number[] = [];
+    for (const tp of [2, 3, 4]) apart.push(meanDistance(await logitsAt(tp, mode), alone));
+    const shown = apart.map((distance) => distance.toExponential(1)).join(', ');
+    t.diagnostic(`${mode}: ${lost.toFixed(4)} from float32; tp 2, 3, 4: ${shown} from tp 1`);
+    assert.ok(lost > 0 && lost < nearFloat, `${mode}: ${lost}`);
+    for (const distance of apart) assert.ok(distance < nearEachOther, `${mode}: ${distance}`);
+  }
+});
+
+void test('ranks are cut on the grid of blocks, as evenly as it allows', () => {
+  for (const [ffnSize, tp, grid] of [
+    [5632, 2, 128],
+    [11008, 8, 128],
+    [11008, 5, 128],
+    [28672, 8, 128],
+    // 43 blocks of 128 on 8 ranks would be 6 for some and 5 for others.
+    [5504, 8, 64],
+    [172, 2, 1],
+  ] as const) {
+    const shape = { ...config, ffnSize, headCount: 64, kvHeadCount: 8, headSize: 128 };
+    const chosen = weightForms(shape, tp, 'int4', false);
+    assert.equal(chosen.ffnGrid, grid, `${ffnSize} on ${tp}`);
+    const plans = planRanks(shape, tp, chosen.ffnGrid);
+    assert.equal(
+      plans.reduce((sum, { ffn }) => sum + ffn.count, 0),
+      ffnSize,
+    );
+    assert.ok(plans.every(({ ffn }) => ffn.start % grid === 0));
+    const most = Math.max(...plans.map(({ ffn }) => ffn.count));
+    if (grid > 1) assert.ok(most <= (1.05 * ffnSize) / tp);
+  }
+  assert.equal(legalTps(config).length, 8);
+});
+
+void test('auto takes the fastest that fits, and exactness refuses what cannot be exact', () => {
+  const folder = path.join(scratch, 'shape');
+  writeRandomCheckpoint(folder, {
+    ...{ config: { ...largeConfig(0.25), layerCount: 4 }, seed: 1 },
+    ...{ format: 'BF16', shardCount: 1 },
+  });
+  const large = openCheckpoint(folder);
+  const tiny = openCheckpoint(embeddedModelPath());
+  const limits: GroupLimits = {
+    ...{ weights: 'auto', exact: false, maxSeqLen: 128 },
+    ...{ maxBatchSize: 1, maxStepRows: 64 },
+  };
+  assert.equal(planGroup(tiny, 2, limits).weights, 'fp32');
+  const both = planGroup(large, 2, limits);
+  assert.equal(both.weights, 'int4+int8');
+  assert.equal(planGroup(large, 2, limits, both.neededBytes).weights, 'int4');
+  assert.equal(planGroup(large, 2, { ...limits, exact: true }).weights, 'int8');
+  assert.throws(
+    () => planGroup(large, 2, { ...limits, weights: 'int4+int8', exact: true }),
+    (error) => error instanceof CaravanError && /int4\+int8.*--exact/.test(error.message),
+  );
+});
