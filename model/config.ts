@@ -131,12 +131,25 @@ function contextOf(c: z.infer<typeof huggingFaceConfig>, scaling: RopeScaling | 
   return Math.min(context, c.sliding_window ?? context);
 }
 
-/** Relations between the sizes that every layout must keep. */
+/**
+ * Far above any model: beyond them a file is damaged, or means harm, and lists of so many layers or heads would take
+ * all memory before the first missing tensor is found.
+ */
+const MOST = {
+  ...{ layerCount: 4096, headCount: 65_536, hiddenSize: 1 << 24, ffnSize: 1 << 24 },
+  vocabSize: 1 << 24,
+} as const;
+
+/** Limits of the sizes, and relations between them, that every layout must keep. */
 export function checkConfig(config: LlamaConfig, fileName: string): void {
   const { headCount, kvHeadCount, headSize } = config;
   const fail = (message: string): never => {
     throw new CaravanError('invalid_checkpoint', `${fileName}: ${message}`);
   };
+  for (const [name, most] of Object.entries(MOST)) {
+    const size = config[name as keyof typeof MOST];
+    if (size > most) fail(`${name} is ${size}; at most ${most} is run`);
+  }
   if (!Number.isInteger(headSize)) {
     fail(`hidden_size ${config.hiddenSize} is not a multiple of num_attention_heads ${headCount}`);
   }

@@ -1,5 +1,6 @@
 /** The metadata of a GGUF file, by key: each reader says what it needs. */
 import { CaravanError } from '../proto/errors.js';
+import { quoted } from './quoted.js';
 
 export type GgufNumbers =
   | Uint8Array
@@ -91,7 +92,7 @@ export class GgufMetadata {
 
   /** @throws CaravanError `unsupported_model`, always. */
   unsupported(key: string, value: unknown, supported: string): never {
-    const shown = JSON.stringify(value).slice(0, 100);
+    const shown = typeof value === 'string' ? quoted(value) : JSON.stringify(value).slice(0, 100);
     throw new CaravanError(
       'unsupported_model',
       `${this.#fileName}: ${key} is ${shown}; Caravan runs ${supported}`,

@@ -4,6 +4,7 @@
  */
 import { BinaryWriter, WireType } from '@bufbuild/protobuf/wire';
 import type { GgufMetadata } from './gguf-metadata.js';
+import { quoted } from './quoted.js';
 
 /** Kinds of tokens have SentencePiece's numbers in GGUF, too. */
 const kind = { normal: 1, unknown: 2, control: 3, userDefined: 4, byte: 6 } as const;
@@ -75,10 +76,13 @@ function readVocabulary(metadata: GgufMetadata): Vocabulary {
   if (kinds !== undefined && kinds.length !== pieces.length) {
     metadata.damaged(typeKey, `has ${kinds.length} values for ${pieces.length} tokens`);
   }
-  return {
-    pieces,
-    kinds: kinds === undefined ? pieces.map(() => kind.normal) : Array.from(kinds, Number),
-  };
+  if (kinds === undefined) return { pieces, kinds: pieces.map(() => kind.normal) };
+  const numbers = Array.from(kinds, Number);
+  const alien = numbers.findIndex((n) => !Number.isInteger(n) || n < 0 || n > kind.byte);
+  if (alien !== -1) {
+    metadata.damaged(typeKey, `token ${alien} is of kind ${numbers[alien]!}; kinds are 0 to 6`);
+  }
+  return { pieces, kinds: numbers };
 }
 
 /** The id of `tokenizer.ggml.NAME_token_id`, which must be a token. */
@@ -99,6 +103,10 @@ function sentencePieceModel(metadata: GgufMetadata, vocabulary: Vocabulary): Uin
   if (scores.length !== pieces.length) {
     metadata.damaged(key, `has ${scores.length} values for ${pieces.length} tokens`);
   }
+  // A score that is no number leaves open which pieces are merged first.
+  const alien = Array.from(scores, Number).findIndex((n) => !Number.isFinite(Math.fround(n)));
+  if (alien !== -1)
+    metadata.damaged(key, `token ${alien} has ${scores[alien]!}; scores are finite`);
   const writer = new BinaryWriter();
   pieces.forEach((piece, id) => {
     writer.tag(1, WireType.LengthDelimited).fork();
@@ -129,7 +137,7 @@ function byteLevelBpe(metadata: GgufMetadata, vocabulary: Vocabulary, splitting:
   const merges = metadata.need(key, metadata.texts(key));
   const bad = merges.find((merge) => !/^[^ ]+ [^ ]+$/.test(merge));
   if (bad !== undefined) {
-    metadata.damaged(key, `${JSON.stringify(bad.slice(0, 100))} is not two pieces and a space`);
+    metadata.damaged(key, `${quoted(bad)} is not two pieces and a space`);
   }
   const added = pieces.flatMap((content, id) => {
     const isControl = kinds[id] === kind.control || kinds[id] === kind.unknown;
@@ -208,7 +216,10 @@ function commonFiles(
 function readChatTemplate(metadata: GgufMetadata) {
   const key = 'tokenizer.chat_template';
   const whole = metadata.text(key);
-  const names = metadata.texts('tokenizer.chat_templates') ?? [];
+  const namesKey = 'tokenizer.chat_templates';
+  const names = metadata.texts(namesKey) ?? [];
+  const bad = names.find((name) => !/^[\w.-]{1,100}$/.test(name));
+  if (bad !== undefined) metadata.damaged(namesKey, `${quoted(bad)} is no name`);
   const named = names.map((name) => ({
     name,
     template: metadata.need(`${key}.${name}`, metadata.text(`${key}.${name}`)),

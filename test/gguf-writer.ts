@@ -70,12 +70,11 @@ export const value = {
     type: valueTypes.uint64,
     bytes: uint64(number),
   }),
-  uint16(number: number): GgufValue {
-    return { type: valueTypes.uint16, bytes: uint32(number).subarray(0, 2) };
-  },
-  int32(number: number): GgufValue {
-    return { type: valueTypes.int32, bytes: uint32(number >>> 0) };
-  },
+  uint16: (number: number): GgufValue => ({
+    type: valueTypes.uint16,
+    bytes: uint32(number).subarray(0, 2),
+  }),
+  int32: (number: number): GgufValue => ({ type: valueTypes.int32, bytes: uint32(number >>> 0) }),
   float32: (number: number): GgufValue => ({ type: valueTypes.float32, bytes: float32(number) }),
   flag: (is: boolean): GgufValue => ({ type: valueTypes.flag, bytes: Uint8Array.of(is ? 1 : 0) }),
   text: (text: string): GgufValue => ({ type: valueTypes.text, bytes: textBytes(text) }),
