@@ -123,7 +123,7 @@ export function formBytes(form: WeightForm, outputs: number, inputs: number): nu
       return outputs * inputs + 4 * outputs;
     case 'int4': {
       const blockCount = Math.ceil(inputs / form.block);
-      return outputs * blockCount * (form.block / 2 + 4);
+      return outputs * (blockCount * (form.block / 2 + 4) + Math.ceil(blockCount / 2));
     }
   }
 }

@@ -36,7 +36,11 @@ function valueOf(linear: ReturnType<typeof linearWriter>['linear'], output: numb
     case 'int4': {
       const at = output * linear.inputs + input;
       const nibble = (linear.values[at >> 1]! >> (4 * (at & 1))) & 15;
-      return (nibble - 8) * linear.scales[Math.floor(at / linear.block)]!;
+      const blocks = linear.inputs / linear.block;
+      const block = Math.floor(input / linear.block);
+      const pair = linear.zeros[output * Math.ceil(blocks / 2) + (block >> 1)]!;
+      const zero = (pair >> (4 * (block & 1))) & 15;
+      return (nibble - zero) * linear.scales[output * blocks + block]!;
     }
   }
 }
@@ -65,8 +69,9 @@ for (const form of forms) {
       writer.write(rows.subarray(first * inputs), first, count);
     }
     const block = form.kind === 'int4' ? form.block : inputs;
-    // Half a step; with 4 bits the weight opposite to the largest may be cut off by a whole one.
-    const steps = { fp32: 0, int8: 0.5 / 127, int4: 1 / 8 }[form.kind];
+    // Half a step. With 4 bits a step is an eighth of the largest, and zero may lie half a step off, or the weight
+    // opposite to the largest be cut off by a whole one.
+    const steps = { fp32: 0, int8: 0.5 / 127, int4: 1 / 7.5 }[form.kind];
     for (let output = 0; output < outputs; output += 1) {
       for (let input = 0; input < inputs; input += 1) {
         const start = output * inputs + Math.floor(input / block) * block;

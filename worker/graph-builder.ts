@@ -135,9 +135,11 @@ export class GraphBuilder {
         const w = this.weights(`${y}.weight`, matrix.values, shape);
         const scales = this.weights(`${y}.scales`, matrix.scales, [(outputs * inputs) / block]);
         const attributes = [int('K', inputs), int('N', outputs), int('bits', 4)];
+        const zeroShape = [outputs * Math.ceil(inputs / block / 2)];
+        const zeros = this.weights(`${y}.zeros`, matrix.zeros, zeroShape);
         // Level 4: activations as 8-bit blocks.
         attributes.push(int('block_size', block), int('accuracy_level', 4));
-        this.node('MatMulNBits', [x, w, scales], [y], attributes, MICROSOFT);
+        this.node('MatMulNBits', [x, w, scales, zeros], [y], attributes, MICROSOFT);
       }
     }
   }

@@ -22,9 +22,11 @@ export type Linear =
       readonly outputs: number;
       readonly inputs: number;
       readonly block: number;
-      /** Two weights a byte, the earlier one low; 8 is zero. (outputs, blocks, block / 2) */
+      /** Two weights a byte, the earlier one low. (outputs, blocks, block / 2) */
       readonly values: Uint8Array;
       readonly scales: Float32Array; // (outputs, blocks)
+      /** What stands for zero, two blocks a byte. (outputs, blocks / 2 rounded up) */
+      readonly zeros: Uint8Array;
     };
 
 /** Where the arrays of a matrix come from: they are used again for the next layer's. */
@@ -102,7 +104,10 @@ function int8Writer(outputs: number, inputs: number, arrays: ArraySource): Linea
   };
 }
 
-/** Symmetric around 8: of each block the weight that is largest in size becomes 0 (−8 scales). */
+/**
+ * Of each block either the weight that is largest in size becomes 0 (−8 steps from a zero of 8), or the smallest
+ * becomes 0 and the largest 15: whichever comes nearer. What was 4 bits in such blocks before stays what it was.
+ */
 function int4Writer(
   outputs: number,
   inputs: number,
@@ -110,36 +115,69 @@ function int4Writer(
   arrays: ArraySource,
 ): LinearWriter {
   const blockCount = inputs / block;
+  const zeroBytes = Math.ceil(blockCount / 2);
   const values = new Uint8Array(arrays.take((outputs * inputs) / 2));
   const scales = new Float32Array(arrays.take(4 * outputs * blockCount));
+  const zeros = new Uint8Array(arrays.take(outputs * zeroBytes));
   return {
-    linear: { kind: 'int4', outputs, inputs, block, values, scales },
+    linear: { kind: 'int4', outputs, inputs, block, values, scales, zeros },
     write(rows, first, count) {
-      let from = 0;
-      let to = (first * inputs) / 2;
-      let scaleAt = first * blockCount;
-      for (let b = 0; b < count * blockCount; b += 1) {
-        let smallest = 0;
-        let largest = 0;
-        for (let i = from; i < from + block; i += 1) {
-          const weight = rows[i]!;
-          if (weight > largest) largest = weight;
-          else if (weight < smallest) smallest = weight;
+      zeros.fill(0, first * zeroBytes, (first + count) * zeroBytes);
+      for (let row = 0; row < count; row += 1) {
+        for (let b = 0; b < blockCount; b += 1) {
+          const from = row * inputs + b * block;
+          const end = from + block;
+          let smallest = 0;
+          let largest = 0;
+          for (let i = from; i < end; i += 1) {
+            const weight = rows[i]!;
+            if (weight > largest) largest = weight;
+            else if (weight < smallest) smallest = weight;
+          }
+          const centred = (largest > -smallest ? largest : smallest) / -8;
+          const spread = (largest - smallest) / 15;
+          const spreadZero = spread === 0 ? 0 : Math.round(-smallest / spread);
+          const isCentred =
+            blockError(rows, from, end, centred, 8) <=
+            blockError(rows, from, end, spread, spreadZero);
+          const scale = isCentred ? centred : spread;
+          const zero = isCentred ? 8 : spreadZero;
+          const inverse = scale === 0 ? 0 : 1 / scale;
+          const offset = zero + 0.5;
+          let to = ((first + row) * inputs + b * block) / 2;
+          for (let i = from; i < end; i += 2) {
+            let low = (rows[i]! * inverse + offset) | 0;
+            let high = (rows[i + 1]! * inverse + offset) | 0;
+            if (low > 15) low = 15;
+            if (high > 15) high = 15;
+            values[to] = low | (high << 4);
+            to += 1;
+          }
+          scales[(first + row) * blockCount + b] = scale;
+          zeros[(first + row) * zeroBytes + (b >> 1)]! |= zero << (4 * (b & 1));
         }
-        const extreme = largest > -smallest ? largest : smallest;
-        const inverse = extreme === 0 ? 0 : -8 / extreme;
-        scales[scaleAt] = extreme / -8;
-        scaleAt += 1;
-        for (let i = from; i < from + block; i += 2) {
-          let low = (rows[i]! * inverse + 8.5) | 0;
-          let high = (rows[i + 1]! * inverse + 8.5) | 0;
-          if (low > 15) low = 15;
-          if (high > 15) high = 15;
-          values[to] = low | (high << 4);
-          to += 1;
-        }
-        from += block;
       }
     },
   };
+}
+
+/** Sum of the squared errors of a block, in its steps' own size. */
+function blockError(
+  rows: Float32Array,
+  from: number,
+  end: number,
+  scale: number,
+  zero: number,
+): number {
+  if (scale === 0) return 0;
+  const inverse = 1 / scale;
+  let sum = 0;
+  for (let i = from; i < end; i += 1) {
+    const steps = rows[i]! * inverse + zero;
+    let nearest = (steps + 0.5) | 0;
+    if (nearest > 15) nearest = 15;
+    const error = steps - nearest;
+    sum += error * error;
+  }
+  return sum * scale * scale;
 }

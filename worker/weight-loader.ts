@@ -180,5 +180,13 @@ class PackingProbe {
   }
 }
 
-const arraysOf = (matrix: Linear): (Float32Array | Int8Array | Uint8Array)[] =>
-  matrix.kind === 'fp32' ? [matrix.values] : [matrix.values, matrix.scales];
+function arraysOf(matrix: Linear): (Float32Array | Int8Array | Uint8Array)[] {
+  switch (matrix.kind) {
+    case 'fp32':
+      return [matrix.values];
+    case 'int8':
+      return [matrix.values, matrix.scales];
+    case 'int4':
+      return [matrix.values, matrix.scales, matrix.zeros];
+  }
+}
