@@ -1,19 +1,25 @@
 /**
- * Readers of .pth, safetensors and SentencePiece files against damaged input. CARAVAN_LONG=1 tries 100,000 inputs and
+ * Readers of .pth, safetensors, GGUF and SentencePiece files against damaged input. CARAVAN_LONG=1 tries 100,000 inputs and
  * more a reader.
  */
 import assert from 'node:assert/strict';
 import fs from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
-import { embeddedModelPath } from '../model/checkpoint.js';
+import { embeddedModelPath, rankBytes } from '../model/checkpoint.js';
 import { formatOf } from '../model/formats.js';
+import { readGgufFile } from '../model/gguf-file.js';
+import { openGguf } from '../model/gguf.js';
+import { planRanks, slicesOf } from '../model/plan.js';
 import { readPthFile } from '../model/pth.js';
 import { readSafetensorsHeader } from '../model/safetensors.js';
 import { parseSentencePieceModel } from '../model/sentencepiece.js';
 import type { StoredTensor } from '../model/stored-tensor.js';
+import { openTokenizer } from '../model/tokenizer.js';
 import { fuzz, spellReport, type FuzzTarget } from './fuzz.js';
+import { ggufBytes, uint64, value, valueTypes } from './gguf-writer.js';
 import { pickleOf, pthBytes, type PthTensor } from './pth-writer.js';
+import { tinyGguf } from './tiny-gguf.js';
 
 const isLong = process.env['CARAVAN_LONG'] === '1';
 const COUNT = isLong ? 120_000 : 6_000;
@@ -31,7 +37,8 @@ function assertWithin(tensors: ReadonlyMap<string, StoredTensor>, fileBytes: num
       strides === undefined
         ? shape.reduce((product, n) => product * n, 1) - 1
         : (shape[0]! - 1) * strides[0] + (shape[1]! - 1) * strides[1];
-    assert.ok(offset >= 0 && offset + (last + 1) * known.blockBytes <= fileBytes, name);
+    const neededBytes = ((last + 1) / known.blockElements) * known.blockBytes;
+    assert.ok(offset >= 0 && offset + neededBytes <= fileBytes, name);
   }
 }
 
@@ -102,6 +109,41 @@ const safetensors: FuzzTarget = {
   },
 };
 
+const gguf: FuzzTarget = {
+  seeds: [
+    ggufBytes(tinyGguf),
+    ggufBytes({
+      ...tinyGguf,
+      metadata: [
+        ...tinyGguf.metadata.filter(([key]) => key !== 'tokenizer.ggml.model'),
+        ['tokenizer.ggml.model', value.text('gpt2')],
+        ['tokenizer.ggml.pre', value.text('smollm')],
+        ['tokenizer.ggml.merges', value.list(valueTypes.text, [value.text('B B')])],
+      ],
+    }),
+    // Without the tensors, so that most damages hit the metadata.
+    ggufBytes({ ...tinyGguf, tensors: [] }),
+    ggufBytes({
+      metadata: [['a', value.list(valueTypes.list, [value.list(0, [])])]],
+      tensors: [{ name: 'b', shape: [2, 32], format: 'Q8_0', bytes: new Uint8Array(68) }],
+    }),
+  ],
+  words: [
+    ...Object.values(valueTypes).map((type) => Uint8Array.of(type, 0, 0, 0)),
+    ...[5n, 64n, 10n ** 9n, 2n ** 61n].map(uint64),
+    ...['GGUF', 'llama.', 'gpt2', 'split.count', '.weight', 'rope_freqs.weight', '\n', '\u2028'],
+  ],
+  isFile: true,
+  read: (input, file) => {
+    assertWithin(readGgufFile(file).tensors, input.length);
+    const checkpoint = openGguf(file);
+    const plan = planRanks(checkpoint.config, 1)[0]!;
+    assert.ok(rankBytes(checkpoint, slicesOf(checkpoint.config, plan)) <= input.length);
+    const tokenizerFiles = checkpoint.readTokenizerFiles();
+    if (tokenizerFiles.size > 0) openTokenizer(tokenizerFiles);
+  },
+};
+
 const model = fs.readFileSync(path.join(embeddedModelPath(), 'tokenizer.model'));
 const sentencePiece: FuzzTarget = {
   // Whole, and its first pieces alone, where a damage hits more.
@@ -126,6 +168,7 @@ const sentencePiece: FuzzTarget = {
 for (const [name, target] of Object.entries({
   pth,
   safetensors,
+  gguf,
   'tokenizer.model': sentencePiece,
 })) {
   void test(`${name}: ${COUNT} damaged inputs are taken or refused in one line`, (t) => {
