@@ -8,6 +8,7 @@ import { CaravanError } from '../proto/errors.js';
 import type { Load } from '../proto/gen/cluster.js';
 import { GroupAllReduce, SoloAllReduce, type AllReduce } from './all-reduce.js';
 import { Forward } from './forward.js';
+import { HostPass } from './host-pass.js';
 import { KvCache } from './kv-cache.js';
 import type { Lobby } from './lobby.js';
 import type { Ort } from './ort.js';
@@ -61,7 +62,8 @@ export class Group {
       load.maxSeqLen,
       allReduce.partials,
     );
-    const forward = new Forward(shard, kv, workspace, allReduce, pacer);
+    const pass = new HostPass(shard, kv, workspace, allReduce);
+    const forward = new Forward(pass, pacer);
     return new Group(forward, kv, workspace, allReduce);
   }
 

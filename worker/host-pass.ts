@@ -1,0 +1,133 @@
+/**
+ * A pass in host memory: segment, all-reduce, segment, all-reduce … and this rank's slice of the head.
+ */
+import type { LlamaConfig } from '../model/config.js';
+import type { AllReduce, Turn } from './all-reduce.js';
+import type { KvCache } from './kv-cache.js';
+import type { Tensor } from './ort.js';
+import type { Pass, Slots } from './pass.js';
+import type { Shard } from './shard.js';
+import type { StepLayout } from './step-layout.js';
+import type { GroupTensors, Workspace } from './workspace.js';
+
+export class HostPass implements Pass {
+  readonly config: LlamaConfig;
+  readonly vocab: { readonly start: number; readonly count: number };
+  readonly slots: Slots;
+  readonly maxRows: number;
+  readonly #shard: Shard;
+  readonly #kv: KvCache;
+  readonly #workspace: Workspace;
+  readonly #allReduce: AllReduce;
+  #turn: Turn = 0;
+  #waitMs = 0;
+
+  constructor(shard: Shard, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
+    this.config = shard.config;
+    this.vocab = shard.plan.vocab;
+    this.slots = { count: kv.slotCount, maxSeqLen: kv.maxSeqLen, lengths: kv.lengths };
+    this.maxRows = workspace.maxRows;
+    this.#shard = shard;
+    this.#kv = kv;
+    this.#workspace = workspace;
+    this.#allReduce = allReduce;
+  }
+
+  async compute(layout: StepLayout): Promise<number> {
+    this.#waitMs = 0;
+    const { rowCount, groups } = layout;
+    const { layers, attention, plan } = this.#shard;
+    const workspace = this.#workspace;
+    const rows = workspace.rows(rowCount);
+    this.#bindPositions(layout);
+    const groupTensors = groups.map((group) => workspace.group(group));
+    const kvViews = groups.map((group) => this.#kv.view(group.firstSlot, group.batch));
+
+    this.#embed(layout);
+    await this.#exchange(rowCount);
+    // The residual stream: attention-in writes one buffer, ffn the other.
+    const [afterAttention, afterFfn] = rows.h;
+    let h: Tensor = workspace.zeros(rowCount);
+    const variant = this.#shard.variantFor(rowCount);
+    for (let l = 0; l < layers.length; l += 1) {
+      const layer = layers[l]![variant]!;
+      layer.attentionIn.run(
+        [h, ...this.#received(rows.partials), rows.positions, workspace.cos, workspace.sin],
+        [afterAttention, rows.q, rows.k, rows.v],
+      );
+      for (let g = 0; g < groups.length; g += 1) {
+        const { q, k, v, lastPositions, totalLength, attended }: GroupTensors = groupTensors[g]!;
+        const { keys, values } = kvViews[g]![l]!;
+        attention.run(
+          [q, k, v, keys, values, lastPositions, totalLength],
+          [attended, keys, values],
+        );
+      }
+      layer.attentionOut.run([rows.attended], [rows.partials[this.#turn]![plan.rank]!]);
+      await this.#exchange(rowCount);
+
+      layer.ffn.run(
+        [afterAttention, ...this.#received(rows.partials)],
+        [afterFfn, rows.partials[this.#turn]![plan.rank]!],
+      );
+      await this.#exchange(rowCount);
+      h = afterFfn;
+    }
+    if (layout.sampledRows.length === 0) return this.#waitMs;
+    layout.sampledRows.forEach((row, i) => {
+      workspace.sampledRows[i] = BigInt(row);
+    });
+    const sampled = workspace.sampled(layout.sampledRows.length);
+    this.#shard.head.run([h, ...this.#received(rows.partials), sampled.rows], [sampled.logits]);
+    return this.#waitMs;
+  }
+
+  logits(row: number): Float32Array<ArrayBuffer> {
+    const { count } = this.vocab;
+    return this.#workspace.logits.subarray(row * count, (row + 1) * count);
+  }
+
+  /** Partials of the last exchange, in rank order. */
+  #received(partials: readonly (readonly Tensor[])[]): readonly Tensor[] {
+    return partials[this.#turn ^ 1]!;
+  }
+
+  /** Gives our partial of this turn to the peers and gets theirs; the next partial is of the other turn. */
+  async #exchange(rowCount: number): Promise<void> {
+    const startMs = performance.now();
+    await this.#allReduce.exchange(this.#turn, rowCount * this.#shard.config.hiddenSize);
+    this.#turn = this.#turn === 0 ? 1 : 0;
+    this.#waitMs += performance.now() - startMs;
+  }
+
+  /** Our partial of the embedding: the rows whose token is in our slice of the vocabulary, else zero. */
+  #embed({ tokens }: StepLayout): void {
+    const { embedding, plan, config } = this.#shard;
+    const partial = this.#allReduce.partials[this.#turn]![plan.rank]!;
+    const width = config.hiddenSize;
+    tokens.forEach((token, row) => {
+      const own = token - plan.vocab.start;
+      if (own >= 0 && own < plan.vocab.count) {
+        embedding.copyRow(own, partial, row * width);
+      } else {
+        partial.fill(0, row * width, (row + 1) * width);
+      }
+    });
+  }
+
+  #bindPositions({ positions, groups }: StepLayout): void {
+    const workspace = this.#workspace;
+    for (let row = 0; row < positions.length; row += 1) {
+      workspace.positions[row] = BigInt(positions[row]!);
+    }
+    for (const { firstRow, batch, length } of groups) {
+      let total = 0;
+      for (let i = 0; i < batch; i += 1) {
+        const last = positions[firstRow + i * length + length - 1]!;
+        workspace.lastPositions[firstRow + i] = last;
+        total = Math.max(total, last + 1);
+      }
+      workspace.totalLengths[firstRow] = total;
+    }
+  }
+}
