@@ -1,66 +1,24 @@
 /**
- * ONNX Runtime through its C API: the only door to it.
+ * ONNX Runtime in host memory: the only door to it, together with `ort-api` below and `ort-device` for devices.
  *
  * The npm package's own `session.run` copies every output, which a KV cache of gigabytes cannot afford.
- * The library inside the package exports the C API; koffi calls it. `OrtGetApiBase()->GetApi(24)` returns a
- * table of function pointers in the order of `struct OrtApi` in onnxruntime_c_api.h, which only grows, so
- * an index never changes its meaning.
+ * The library inside the package exports the C API.
  */
 import fs from 'node:fs';
-import { createRequire } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
-import koffi from 'koffi';
-import { CaravanError } from '../proto/errors.js';
 import type { Graph } from './graph-builder.js';
-
-const ORT_VERSION = '1.30.0';
-const API_VERSION = 24;
-
-/** Index into `struct OrtApi`, and the C type. Every function returns OrtStatus* unless it is void. */
-const functions = {
-  CreateStatus: [0, 'void* F(int code, str message)'],
-  GetErrorMessage: [2, 'str F(void* status)'],
-  DisableTelemetryEvents: [6, 'void* F(void* env)'],
-  CreateSessionFromArray: [
-    8,
-    'void* F(void* env, void* model, size_t bytes, void* options, _Out_ void** out)',
-  ],
-  Run: [
-    9,
-    'void* F(void* session, void* runOptions, void* inputNames, void* inputs, size_t inputCount, void* outputNames, size_t outputCount, void* outputs)',
-  ],
-  CreateSessionOptions: [10, 'void* F(_Out_ void** out)'],
-  CloneSessionOptions: [12, 'void* F(void* options, _Out_ void** out)'],
-  DisableCpuMemArena: [19, 'void* F(void* options)'],
-  SetSessionGraphOptimizationLevel: [23, 'void* F(void* options, int level)'],
-  CreateTensorWithDataAsOrtValue: [
-    49,
-    'void* F(void* memory, void* bytes, size_t byteCount, int64_t* shape, size_t rank, int type, _Out_ void** out)',
-  ],
-  CreateCpuMemoryInfo: [69, 'void* F(int allocator, int type, _Out_ void** out)'],
-  ReleaseEnv: [92, 'void F(void* env)'],
-  ReleaseStatus: [93, 'void F(void* status)'],
-  ReleaseSession: [95, 'void F(void* session)'],
-  ReleaseValue: [96, 'void F(void* value)'],
-  CreateEnvWithGlobalThreadPools: [
-    119,
-    'void* F(int level, str id, void* threading, _Out_ void** out)',
-  ],
-  DisablePerSessionThreads: [120, 'void* F(void* options)'],
-  ReleaseSessionOptions: [100, 'void F(void* options)'],
-  AddExternalInitializers: [210, 'void* F(void* options, void* names, void* values, size_t count)'],
-  CreateThreadingOptions: [121, 'void* F(_Out_ void** out)'],
-  SetGlobalIntraOpNumThreads: [147, 'void* F(void* threading, int count)'],
-  SetGlobalInterOpNumThreads: [148, 'void* F(void* threading, int count)'],
-  AddSessionConfigEntry: [130, 'void* F(void* options, str key, str value)'],
-} as const;
-
-type FunctionName = keyof typeof functions;
-type Native = (...args: unknown[]) => unknown;
+import { libraryPath, NamePointers, OrtApi, type Native } from './ort-api.js';
 
 /** ONNX's numbers for element types. */
-export const elementType = { float32: 1, uint8: 2, int8: 3, int32: 6, int64: 7 } as const;
+export const elementType = {
+  float32: 1,
+  uint8: 2,
+  int8: 3,
+  int32: 6,
+  int64: 7,
+  float16: 10,
+} as const;
 export type ElementType = (typeof elementType)[keyof typeof elementType];
 
 export type TensorArray = Float32Array | Int32Array | BigInt64Array | Uint8Array | Int8Array;
@@ -76,15 +34,6 @@ export const elementTypeOf = (array: TensorArray): ElementType => {
 /** The library's telemetry part leaves an empty file a process behind, telemetry off or not. */
 function removeTelemetryLog(): void {
   fs.rmSync(path.join(os.tmpdir(), `mat-debug-${process.pid}.log`), { force: true });
-}
-
-/** Where the shared library of the npm package lies on this platform. */
-export function libraryPath(): string {
-  const root = path.dirname(
-    createRequire(import.meta.url).resolve('onnxruntime-node/package.json'),
-  );
-  const file = process.platform === 'darwin' ? 'libonnxruntime.1.dylib' : 'libonnxruntime.so.1';
-  return path.join(root, 'bin', 'napi-v6', process.platform, process.arch, file);
 }
 
 /** A tensor over a typed array of ours: no copy. Keep it referenced as long as a run may use it. */
@@ -148,78 +97,37 @@ export class Session {
   }
 }
 
-/** An array of C strings that stays where it is. */
-class NamePointers {
-  readonly pointers: BigUint64Array;
-  // The pointers point into these.
-  readonly #strings: Buffer[];
-
-  constructor(names: readonly string[]) {
-    this.#strings = names.map((name) => Buffer.from(`${name}\0`));
-    this.pointers = BigUint64Array.from(this.#strings, (string) => koffi.address(string));
-  }
-}
-
 /** The loaded library with one environment and the options of every session. */
 export class Ort {
-  readonly version: string;
-  // koffi unloads a library that nothing refers to.
-  readonly library: ReturnType<typeof koffi.load>;
-  readonly #native: Record<FunctionName, Native>;
-  readonly #env: bigint;
-  readonly #options: bigint;
-  readonly #memory: bigint;
+  readonly api: OrtApi;
+  readonly env: bigint;
+  /** What every session begins with. */
+  readonly options: bigint;
+  /** Where the tensors of `tensor` lie. */
+  readonly hostMemory: bigint;
 
   /**
-   * @throws CaravanError `unsupported_model`… when the library cannot be loaded or is another version.
+   * @param file the library; that of the npm package if left out.
+   * @throws CaravanError `internal` when the library cannot be loaded or is another version.
    */
-  constructor(threadCount: number) {
-    const file = libraryPath();
-    try {
-      this.library = koffi.load(file);
-    } catch (cause) {
-      throw new CaravanError('internal', `${file}: cannot be loaded: ${String(cause)}`, { cause });
-    }
-    const Base = koffi.struct({ GetApi: 'void*', GetVersionString: 'void*' });
-    const base = koffi.decode(this.library.func('void* OrtGetApiBase()')(), Base) as {
-      GetApi: bigint;
-      GetVersionString: bigint;
-    };
-    this.version = (
-      koffi.decode(base.GetVersionString, koffi.proto('str OrtGetVersionString()')) as () => string
-    )();
-    if (this.version !== ORT_VERSION) {
-      throw new CaravanError('internal', `${file}: is version ${this.version}, not ${ORT_VERSION}`);
-    }
-    const getApi = koffi.decode(
-      base.GetApi,
-      koffi.proto('void* OrtGetApi(uint32_t version)'),
-    ) as Native;
-    const table = koffi.decode(getApi(API_VERSION), koffi.array('void*', 211)) as bigint[];
-    this.#native = Object.fromEntries(
-      Object.entries(functions).map(([name, [index, signature]]) => [
-        name,
-        koffi.decode(table[index]!, koffi.proto(signature.replace('F(', `Ort${name}(`))) as Native,
-      ]),
-    ) as Record<FunctionName, Native>;
-
+  constructor(threadCount: number, file = libraryPath()) {
+    const api = new OrtApi(file);
+    this.api = api;
     const warningsOnly = 3;
     // One pool of threads for all sessions: a rank has hundreds.
-    const threading = this.#create('CreateThreadingOptions');
-    this.#check(this.#native.SetGlobalIntraOpNumThreads(threading, threadCount));
-    this.#check(this.#native.SetGlobalInterOpNumThreads(threading, 1));
+    const threading = api.create('CreateThreadingOptions');
+    api.check(api.native.SetGlobalIntraOpNumThreads(threading, threadCount));
+    api.check(api.native.SetGlobalInterOpNumThreads(threading, 1));
     const args = [warningsOnly, 'caravan', threading];
-    this.#env = this.#create('CreateEnvWithGlobalThreadPools', ...args);
-    this.#check(this.#native.DisableTelemetryEvents(this.#env));
+    this.env = api.create('CreateEnvWithGlobalThreadPools', ...args);
+    api.check(api.native.DisableTelemetryEvents(this.env));
     removeTelemetryLog();
-    this.#options = this.#create('CreateSessionOptions');
-    this.#check(this.#native.DisablePerSessionThreads(this.#options));
+    this.options = api.create('CreateSessionOptions');
+    api.check(api.native.DisablePerSessionThreads(this.options));
     const allOptimizations = 99;
-    this.#check(this.#native.SetSessionGraphOptimizationLevel(this.#options, allOptimizations));
-    this.#check(
-      this.#native.AddSessionConfigEntry(this.#options, 'session.set_denormal_as_zero', '1'),
-    );
-    this.#memory = this.#create('CreateCpuMemoryInfo', 1, 0);
+    api.check(api.native.SetSessionGraphOptimizationLevel(this.options, allOptimizations));
+    api.check(api.native.AddSessionConfigEntry(this.options, 'session.set_denormal_as_zero', '1'));
+    this.hostMemory = api.create('CreateCpuMemoryInfo', 1, 0);
   }
 
   /**
@@ -227,36 +135,36 @@ export class Ort {
    * own (`packsItself`); the session keeps them until then.
    */
   createSession({ model, inputs, outputs, weights }: Graph): Session {
-    const options = this.#create('CloneSessionOptions', this.#options);
+    const options = this.api.create('CloneSessionOptions', this.options);
     const tensors = weights.map(({ array, shape }) => this.tensor(array, shape));
     try {
       if (weights.length > 0) {
         const names = new NamePointers(weights.map(({ name }) => name));
         const values = BigUint64Array.from(tensors, ({ pointer }) => pointer);
-        this.#check(
-          this.#native.AddExternalInitializers(options, names.pointers, values, weights.length),
+        this.api.check(
+          this.api.native.AddExternalInitializers(options, names.pointers, values, weights.length),
         );
       }
-      const args = [this.#env, model, model.byteLength, options];
-      return new Session(this, this.#create('CreateSessionFromArray', ...args), inputs, outputs);
+      const args = [this.env, model, model.byteLength, options];
+      return new Session(this, this.api.create('CreateSessionFromArray', ...args), inputs, outputs);
     } finally {
       for (const tensor of tensors) tensor.release();
-      this.#native.ReleaseSessionOptions(options);
+      this.api.native.ReleaseSessionOptions(options);
     }
   }
 
   /** A tensor whose memory is `array`, which must be backed by an ArrayBuffer of its own. */
   tensor(array: TensorArray, shape: readonly number[]): Tensor {
-    const pointer = this.#create(
+    const pointer = this.api.create(
       'CreateTensorWithDataAsOrtValue',
-      this.#memory,
+      this.hostMemory,
       array,
       array.byteLength,
       BigInt64Array.from(shape, BigInt),
       shape.length,
       elementTypeOf(array),
     );
-    return new Tensor(pointer, array, shape, this.#native.ReleaseValue);
+    return new Tensor(pointer, array, shape, this.api.native.ReleaseValue);
   }
 
   run(
@@ -266,8 +174,8 @@ export class Ort {
     outputNames: NamePointers,
     outputs: BigUint64Array,
   ): void {
-    this.#check(
-      this.#native.Run(
+    this.api.check(
+      this.api.native.Run(
         session,
         null,
         inputNames.pointers,
@@ -281,19 +189,6 @@ export class Ort {
   }
 
   releaseSession(session: bigint): void {
-    this.#native.ReleaseSession(session);
-  }
-
-  #create(name: FunctionName, ...args: unknown[]): bigint {
-    const out: unknown[] = [null];
-    this.#check(this.#native[name](...args, out));
-    return out[0] as bigint;
-  }
-
-  #check(status: unknown): void {
-    if (status === null || status === 0n) return;
-    const message = this.#native.GetErrorMessage(status) as string;
-    this.#native.ReleaseStatus(status);
-    throw new CaravanError('internal', `ONNX Runtime: ${message.split('\n')[0] ?? ''}`);
+    this.api.native.ReleaseSession(session);
   }
 }
