@@ -6,6 +6,7 @@ import type { GatewayMetrics } from './metrics.js';
 import { newJobId, type Journal, type JournalEntry } from './journal.js';
 import { JobQueue } from './queue.js';
 import type { Asked } from './openai.js';
+import { answerBody, type AnswerHead } from './openai-answer.js';
 import type { Ending } from './request.js';
 
 export class Answers {
@@ -79,6 +80,26 @@ export class Answers {
     } finally {
       this.#metrics.answersInFlight.dec();
     }
+  }
+
+  /**
+   * Waits for the end of a job.
+   *
+   * @returns OpenAI's body of the whole answer.
+   * @throws CaravanError for a job that did not complete, or the signal's reason.
+   */
+  async whole(head: AnswerHead, startMs: number, signal: AbortSignal) {
+    let text = '';
+    for await (const entry of this.follow(head.jobId, head.model, 0, startMs, signal)) {
+      if (entry.kind === 'tokens') {
+        text += entry.texts.join('');
+        continue;
+      }
+      if (entry.ending.status !== 'completed') throw endingError(entry.ending);
+      const { finishReason, usage } = entry.ending;
+      return answerBody(head, text + entry.text, finishReason, usage);
+    }
+    throw new CaravanError('internal', `the journal of ${head.jobId} ended without an ending`);
   }
 
   /** Nobody waits for it any more. */

@@ -5,15 +5,9 @@ import { endingError, type Answers } from './answers.js';
 import { EventStream } from './http-stream.js';
 import type { Journal } from './journal.js';
 import type { Models } from './models.js';
-import { modelNameOf, parseChat, parseCompletion, type Asked } from './openai.js';
-import {
-  answerBody,
-  chunkBody,
-  errorBody,
-  usageChunkBody,
-  type AnswerHead,
-  type AnswerKind,
-} from './openai-answer.js';
+import { modelNameOf } from './openai.js';
+import { chunkBody, errorBody, usageChunkBody, type AnswerHead } from './openai-answer.js';
+import { endpoints } from './openai-endpoints.js';
 import type { Ending } from './request.js';
 
 export interface AnswerRoutes {
@@ -25,7 +19,7 @@ export interface AnswerRoutes {
 }
 
 export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): void {
-  const post = (path: string, kind: AnswerKind, parse: typeof parseChat): void => {
+  for (const [path, { kind, parse }] of Object.entries(endpoints)) {
     app.post(path, async (request, reply) => {
       const startMs = performance.now();
       const model = await routes.models.find(modelNameOf(request.body));
@@ -35,13 +29,9 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const head: AnswerHead = { kind, jobId, model: model.card.name, createdS };
       void reply.header('x-caravan-job', jobId);
       const answer = new Answer(routes, reply, head, startMs);
-      return asked.isStream
-        ? answer.stream(reply, asked.includesUsage, START)
-        : answer.whole(asked);
+      return asked.isStream ? answer.stream(reply, asked.includesUsage, START) : answer.whole();
     });
-  };
-  post('/v1/chat/completions', 'chat', parseChat);
-  post('/v1/completions', 'completion', parseCompletion);
+  }
 
   app.get<{ Params: { id: string }; Querystring: { from?: string } }>(
     '/v1/jobs/:id/events',
@@ -113,18 +103,8 @@ class Answer {
   }
 
   /** Waits for the end. @throws CaravanError for a job that did not complete. */
-  async whole({ request }: Asked): Promise<unknown> {
-    let text = '';
-    for await (const entry of this.#follow(0)) {
-      if (entry.kind === 'tokens') {
-        text += entry.texts.join('');
-        continue;
-      }
-      if (entry.ending.status !== 'completed') throw endingError(entry.ending);
-      const { finishReason, usage } = entry.ending;
-      return answerBody(this.#head, text + entry.text, finishReason, usage);
-    }
-    throw new CaravanError('internal', `the journal of ${request.model} ended without an ending`);
+  whole(): Promise<unknown> {
+    return this.#routes.answers.whole(this.#head, this.#startMs, this.#signal);
   }
 
   /** Sends every piece of text as it is written, from a position on. */
