@@ -18,7 +18,7 @@ import {
 } from '../proto/gen/cluster.js';
 import { coin, purpose } from './coin.js';
 import type { Ranks } from './ranks.js';
-import type { FinishReason, Request } from './request.js';
+import type { FinishReason, Request, TokenLogprobs } from './request.js';
 import { mergeCandidates, pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
 import { adaptBudget, planStep, type StepPlan } from './scheduler.js';
 import { Sequence } from './sequence.js';
@@ -34,12 +34,18 @@ export interface SequenceSpec {
   readonly index: number;
   /** Tokens that an earlier take generated: kept, never drawn again. */
   readonly resumeTokenIds: readonly number[];
+  /** Whether the sink is told the logprobs of every token. */
+  readonly reportsLogprobs?: boolean;
+  /** Whether the sink is told the logprobs of the prompt's tokens. */
+  readonly reportsPrompt?: boolean;
 }
 
 /** Hears of a sequence, synchronously and in order; must return at once and never throw. */
 export interface SequenceSink {
   /** One more token, and the text that it releases (may be empty). Not called for resumed tokens. */
-  token(tokenId: number, text: string): void;
+  token(tokenId: number, text: string, logprobs?: TokenLogprobs): void;
+  /** Logprobs of prompt tokens, from the second one on, in order, before the first token. Only where asked for. */
+  prompt?(logprobs: readonly TokenLogprobs[]): void;
   /** The sequence ended by itself; `text` was held back until now. The last call. */
   end(finishReason: FinishReason, text: string): void;
   /** The engine could not go on with it. The last call. */

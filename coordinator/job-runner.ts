@@ -12,6 +12,12 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import { Bell } from './bell.js';
 import type { Engine, SequenceHandle } from './engine.js';
+import {
+  needsLogprobs,
+  needsPromptLogprobs,
+  promptTokenCount,
+  sequenceRequest,
+} from './job-sequences.js';
 import type { Journal, Take } from './journal.js';
 import { JournalWriter } from './journal-writer.js';
 import type { JobTaker, TakenJob } from './queue.js';
@@ -72,6 +78,7 @@ export class JobRunner {
     const isOver = (): boolean => over.aborted;
     try {
       while (!isOver()) {
+        this.#startMore();
         if (this.#engine.freeSlotCount === 0) {
           await this.#changed.wait(CANCEL_POLL_MS);
           continue;
@@ -80,13 +87,21 @@ export class JobRunner {
         if (taken !== null) await this.#start(taken);
       }
       if (stopping.aborted) giveBackAll();
-      while (this.#running.size > 0) await this.#changed.wait();
+      while (this.#running.size > 0) {
+        this.#startMore();
+        await this.#changed.wait();
+      }
     } finally {
       clearInterval(poll);
       draining.removeEventListener('abort', wake);
       stopping.removeEventListener('abort', giveBackAll);
       unlisten();
     }
+  }
+
+  /** Sequences that wait for a slot come before other jobs. */
+  #startMore(): void {
+    for (const job of this.#running.values()) job.startMore();
   }
 
   async #start(taken: TakenJob): Promise<void> {
@@ -99,10 +114,12 @@ export class JobRunner {
     }
     const previous = this.#running.get(taken.id);
     previous?.abandon();
-    const job = new RunningJob(this.#engine, this.#journal, taken, take, this.#log);
+    const job = new RunningJob(this.#engine, this.#journal, taken, take, this.#log, () => {
+      this.#changed.ring();
+    });
     this.#running.set(taken.id, job);
     this.#log.info(
-      { job: taken.id, fence: take.fence, resumed: take.tokenIds.length },
+      { job: taken.id, fence: take.fence, resumed: resumedTokenCount(take) },
       'job taken',
     );
     void job.done.then((outcome) => {
@@ -142,6 +159,9 @@ export class JobRunner {
   }
 }
 
+const resumedTokenCount = ({ sequences }: Take): number =>
+  sequences.reduce((sum, { tokenIds }) => sum + tokenIds.length, 0);
+
 /** The longest delay that a timer takes. */
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
@@ -152,15 +172,31 @@ class RunningJob {
   readonly #take: Take;
   readonly #writer: JournalWriter;
   readonly #log: RunnerLog;
-  #handle: SequenceHandle | null = null;
+  readonly #onSlotFree: () => void;
+  readonly #handles: SequenceHandle[] = [];
+  /** Numbers of the sequences that wait for a slot. */
+  readonly #waiting: number[];
+  /** Why each sequence ended; null while it has not. */
+  readonly #reasons: (FinishReason | null)[];
   #deadline: NodeJS.Timeout | undefined;
   #isDecided = false;
   #resolve: (outcome: string) => void = () => undefined;
   /** Resolves, with how it left, when nothing is left to write. */
   readonly done: Promise<string>;
 
-  constructor(engine: Engine, journal: Journal, taken: TakenJob, take: Take, log: RunnerLog) {
+  /** @param onSlotFree one of several sequences has left the engine. */
+  constructor(
+    engine: Engine,
+    journal: Journal,
+    taken: TakenJob,
+    take: Take,
+    log: RunnerLog,
+    onSlotFree: () => void,
+  ) {
     this.#engine = engine;
+    this.#onSlotFree = onSlotFree;
+    this.#reasons = take.sequences.map(({ finish }) => finish?.finishReason ?? null);
+    this.#waiting = [...this.#reasons.keys()].filter((index) => this.#reasons[index] === null);
     this.#taken = taken;
     this.#take = take;
     this.#log = log;
@@ -178,7 +214,7 @@ class RunningJob {
   }
 
   start(): void {
-    const { request, terms, tokenIds, isCancelled } = this.#take;
+    const { terms, isCancelled } = this.#take;
     if (isCancelled) {
       this.cancel();
       return;
@@ -196,24 +232,61 @@ class RunningJob {
         Math.min(leftMs, MAX_TIMER_MS),
       );
     }
+    if (this.#waiting.length === 0) this.#complete('');
+    else this.startMore();
+  }
+
+  /** Starts as many of the sequences that wait as there are slots. */
+  startMore(): void {
+    while (!this.#isDecided && this.#waiting.length > 0 && this.#engine.freeSlotCount > 0) {
+      this.#startSequence(this.#waiting.shift()!);
+    }
+  }
+
+  #startSequence(index: number): void {
+    const { id, request, sequences } = this.#take;
+    const writer = this.#writer.sequences[index]!;
+    const { tokenIds, promptCount } = sequences[index]!;
+    const own = sequenceRequest(request, index);
     try {
-      this.#handle = this.#engine.add(
-        { id: this.#take.id, request, index: 0, resumeTokenIds: tokenIds },
+      const handle = this.#engine.add(
         {
-          token: (tokenId, text) => {
-            this.#writer.token(tokenId, text);
+          ...{ id, request: own, index, resumeTokenIds: tokenIds },
+          reportsLogprobs: needsLogprobs(request),
+          reportsPrompt:
+            needsPromptLogprobs(request) && promptCount < own.promptTokenIds.length - 1,
+        },
+        {
+          token: (tokenId, text, logprobs) => {
+            writer.token(tokenId, text, logprobs);
+          },
+          prompt: (logprobs) => {
+            writer.prompt(logprobs);
           },
           end: (finishReason, heldText) => {
-            this.#complete(finishReason, heldText);
+            this.#endSequence(index, finishReason, heldText);
           },
           fail: (error) => {
             this.#fail(error);
           },
         },
       );
+      this.#handles.push(handle);
     } catch (thrown) {
       this.#fail(toCaravanError(thrown));
     }
+  }
+
+  #endSequence(index: number, finishReason: FinishReason, heldText: string): void {
+    this.#reasons[index] = finishReason;
+    if (this.#reasons.length === 1) {
+      this.#complete(heldText);
+      return;
+    }
+    this.#writer.sequences[index]!.finish(finishReason, heldText);
+    if (!this.#reasons.includes(null)) this.#complete('');
+    this.startMore();
+    this.#onSlotFree();
   }
 
   cancel(): void {
@@ -255,12 +328,13 @@ class RunningJob {
     this.#resolve('abandoned');
   }
 
-  #complete(finishReason: FinishReason, heldText: string): void {
+  /** Every sequence has ended by itself. */
+  #complete(heldText: string): void {
     const usage = {
-      promptTokens: this.#take.request.promptTokenIds.length,
+      promptTokens: promptTokenCount(this.#take.request),
       completionTokens: this.#writer.tokenCount,
     };
-    this.#decide({ status: 'completed', finishReason, usage }, heldText);
+    this.#decide({ status: 'completed', finishReason: this.#reasons[0]!, usage }, heldText);
   }
 
   #fail(error: CaravanError): void {
@@ -284,7 +358,7 @@ class RunningJob {
     if (this.#isDecided) return false;
     this.#isDecided = true;
     clearTimeout(this.#deadline);
-    this.#handle?.cancel();
+    for (const handle of this.#handles) handle.cancel();
     return true;
   }
 }

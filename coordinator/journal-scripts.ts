@@ -3,7 +3,10 @@
  *
  *   caravan:{ID}:job        hash: status, model, request, terms, createdMs, fence, cancel, ending
  *   caravan:{ID}:journal:I  stream of sequence I. An entry's id is <tokens so far>-0, so that Redis
- *                           itself refuses a token twice; the last one, <tokens>-1, has the ending.
+ *                           itself refuses a token twice. The last one, <tokens>-1, says how the sequence
+ *                           finished, or how the job ended. The ending of a job of several sequences stands
+ *                           in the first stream in any case, as <tokens>-2 if that sequence has finished.
+ *   caravan:{ID}:prompt:I   list: the logprobs of the prompt of sequence I, token by token, where asked for.
  *
  * Every take of a job raises its fence: to the time in microseconds, so that no number is handed out
  * twice, even when Redis came back without its last second. A script that brings a lower fence than the
@@ -38,40 +41,94 @@ local stored = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
 if tonumber(ARGV[1]) < stored then return {'stale'} end
 if tonumber(ARGV[1]) > stored then redis.call('HSET', KEYS[1], 'fence', ARGV[1]) end`;
 
-const endOffset = `
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
-local offset = 0
-if last[1] then offset = tonumber(string.match(last[1][1], '^%d+')) end`;
+/** Where a stream stands: its tokens, and whether its last entry says that it is over. */
+const streams = `
+local function standOf(key)
+  local last = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)
+  if not last[1] then return 0, false end
+  local tokens, part = string.match(last[1][1], '^(%d+)-(%d+)$')
+  return tonumber(tokens), part ~= '0'
+end
+local function writeEnding(count, ending, text)
+  for i = 1, count do
+    local offset, isOver = standOf(KEYS[i + 1])
+    if not isOver then
+      redis.call('XADD', KEYS[i + 1], offset .. '-1', 'ending', ending, 'text', i == 1 and text or '')
+    elseif i == 1 then
+      redis.call('XADD', KEYS[2], offset .. '-2', 'ending', ending, 'text', '')
+    end
+  end
+end
+local function expireAll(seconds)
+  for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, seconds) end
+end`;
 
 /**
- * KEYS job, stream; ARGV fence, start, count, tokens, texts, channel.
+ * KEYS job, stream; ARGV fence, start, count, tokens, texts, channel, logprobs or empty.
  * @returns {stale}, {missing}, or {offset, where the stream ends} when that is not start, or {appended}.
  * A take that Redis lost (the stored fence is lower) is stale too when another engine has written since.
  */
 export const appendScript = `${fenced}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
-${endOffset}
-if stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2]) then return {'stale'} end
+${streams}
+local offset, isOver = standOf(KEYS[2])
+if isOver or (stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2])) then return {'stale'} end
 if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
-redis.call('XADD', KEYS[2], (offset + tonumber(ARGV[3])) .. '-0', 'tokens', ARGV[4], 'texts', ARGV[5])
+local fields = {'tokens', ARGV[4], 'texts', ARGV[5]}
+if ARGV[7] ~= '' then fields[5] = 'logprobs'; fields[6] = ARGV[7] end
+redis.call('XADD', KEYS[2], (offset + tonumber(ARGV[3])) .. '-0', unpack(fields))
 redis.call('PUBLISH', ARGV[6], '')
 return {'appended'}`;
 
 /**
- * KEYS job, stream; ARGV fence, tokens, status, ending, held-back text, retention in seconds, channel.
- * @returns {stale}, {missing}, {already}, {offset, where the stream ends} or {ended}.
+ * KEYS job, list; ARGV fence, start, channel, then logprobs, one a token of the prompt.
+ * @returns {stale}, {missing}, or {offset, length of the list} when that is not start, or {appended}.
+ */
+export const appendPromptScript = `${fenced}
+if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
+local length = redis.call('LLEN', KEYS[2])
+if length ~= tonumber(ARGV[2]) then return {'offset', length} end
+redis.call('RPUSH', KEYS[2], unpack(ARGV, 4))
+redis.call('PUBLISH', ARGV[3], '')
+return {'appended'}`;
+
+/**
+ * KEYS job, stream; ARGV fence, tokens, reason, held-back text, channel. One of several sequences is over.
+ * @returns {stale}, {missing}, {already}, {offset, where the stream ends} or {finished}.
+ */
+export const finishScript = `${fenced}
+if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
+${streams}
+local offset, isOver = standOf(KEYS[2])
+if stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2]) then return {'stale'} end
+if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
+if isOver then return {'already'} end
+redis.call('XADD', KEYS[2], offset .. '-1', 'finish', ARGV[3], 'text', ARGV[4])
+redis.call('PUBLISH', ARGV[5], '')
+return {'finished'}`;
+
+/**
+ * KEYS job, streams, lists; ARGV fence, status, ending, held-back text, retention in seconds, channel, then of every
+ * stream its tokens, negative and less 1 if its sequence must have finished: -1 for none.
+ * @returns {stale}, {missing}, {already}, {offset, where a stream ends, number of the stream} or {ended}.
  */
 export const endScript = `
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'already'} end
 ${fenced}
-${endOffset}
-if stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2]) then return {'stale'} end
-if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
-redis.call('XADD', KEYS[2], offset .. '-1', 'ending', ARGV[4], 'text', ARGV[5])
-redis.call('HSET', KEYS[1], 'status', ARGV[3], 'ending', ARGV[4])
-redis.call('EXPIRE', KEYS[1], ARGV[6])
-redis.call('EXPIRE', KEYS[2], ARGV[6])
-redis.call('PUBLISH', ARGV[7], '')
+${streams}
+local count = #ARGV - 6
+for i = 1, count do
+  local wanted = tonumber(ARGV[i + 6])
+  local mustBeOver = wanted < 0
+  if mustBeOver then wanted = -wanted - 1 end
+  local offset, isOver = standOf(KEYS[i + 1])
+  if stored < tonumber(ARGV[1]) and offset > wanted then return {'stale'} end
+  if offset ~= wanted or (mustBeOver and not isOver) then return {'offset', offset, i - 1} end
+end
+writeEnding(count, ARGV[3], ARGV[4])
+redis.call('HSET', KEYS[1], 'status', ARGV[2], 'ending', ARGV[3])
+expireAll(ARGV[5])
+redis.call('PUBLISH', ARGV[6], '')
 return {'ended'}`;
 
 /** KEYS job; ARGV model, request, terms, createdMs, fence. Writes down a job that Redis lost. */
@@ -87,8 +144,8 @@ if redis.call('HEXISTS', KEYS[1], 'ending') == 0 then redis.call('HSET', KEYS[1]
 return {'released'}`;
 
 /**
- * KEYS job, stream; ARGV ending, retention in seconds, channel. A waiting job ends at once; an active one
- * is asked to. @returns missing, already, cancelled or requested.
+ * KEYS job, streams, lists; ARGV ending, retention in seconds, channel, number of streams. A waiting job ends at once;
+ * an active one is asked to. @returns missing, already, cancelled or requested.
  */
 export const cancelScript = `
 local status = redis.call('HGET', KEYS[1], 'status')
@@ -96,10 +153,9 @@ if not status then return 'missing' end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return 'already' end
 redis.call('HSET', KEYS[1], 'cancel', '1')
 if status ~= 'waiting' then return 'requested' end
-${endOffset}
-redis.call('XADD', KEYS[2], offset .. '-1', 'ending', ARGV[1], 'text', '')
+${streams}
+writeEnding(tonumber(ARGV[4]), ARGV[1], '')
 redis.call('HSET', KEYS[1], 'status', 'cancelled', 'ending', ARGV[1])
-redis.call('EXPIRE', KEYS[1], ARGV[2])
-redis.call('EXPIRE', KEYS[2], ARGV[2])
+expireAll(ARGV[2])
 redis.call('PUBLISH', ARGV[3], '')
 return 'cancelled'`;

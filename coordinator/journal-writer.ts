@@ -1,22 +1,20 @@
 /**
- * Writes one sequence into the journal, off the step path: tokens are handed over at once and written in
- * as few appends as Redis's pace allows, one under way at a time.
+ * Writes one take of a job into the journal: its sequences as they grow, and its ending when all of them are there.
+ * Redis that refuses (full, or still loading) is asked again.
  */
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Journal, Take, Written } from './journal.js';
 import type { Ending } from './request.js';
+import { SequenceWriter } from './sequence-writer.js';
 
-/** Between attempts when Redis refuses (full, or still loading). */
+/** Between attempts when Redis refuses. */
 const RETRY_MS = 200;
 
 export class JournalWriter {
   readonly #journal: Journal;
   readonly #take: Take;
-  readonly #tokenIds: number[];
-  readonly #texts: string[];
-  /** Tokens that Redis has. */
-  #written: number;
-  #flushing: Promise<void> | null = null;
+  /** In the order of the job's sequences. */
+  readonly sequences: readonly SequenceWriter[];
   #isStale = false;
   #isStopped = false;
   readonly #onStale: () => void;
@@ -24,7 +22,7 @@ export class JournalWriter {
 
   /**
    * @param onStale another engine has taken the job: nothing of ours is written any more.
-   * @param onRefusal hears of every refusal of Redis; the append is tried again.
+   * @param onRefusal hears of every refusal of Redis; the write is tried again.
    */
   constructor(
     journal: Journal,
@@ -34,44 +32,64 @@ export class JournalWriter {
   ) {
     this.#journal = journal;
     this.#take = take;
-    this.#tokenIds = [...take.tokenIds];
-    this.#texts = [...take.texts];
-    this.#written = take.tokenIds.length;
     this.#onStale = onStale;
     this.#onRefusal = onRefusal;
+    this.sequences = take.sequences.map(
+      (progress, index) =>
+        new SequenceWriter(
+          {
+            appendPrompt: (start, logprobs) => journal.appendPrompt(take, index, start, logprobs),
+            append: (start, tokenIds, texts, logprobs) =>
+              journal.append(take, start, tokenIds, texts, {
+                index,
+                ...(logprobs === undefined ? {} : { logprobs }),
+              }),
+            finish: (count, reason, text) => journal.finish(take, index, count, reason, text),
+          },
+          this,
+          progress,
+        ),
+    );
   }
 
-  /** Tokens of the sequence, those of earlier takes included. */
+  /** Whether nothing is to be written any more. */
+  get isOver(): boolean {
+    return this.#isStale || this.#isStopped;
+  }
+
+  /** Tokens of all sequences, those of earlier takes included. */
   get tokenCount(): number {
-    return this.#tokenIds.length;
+    return this.sequences.reduce((sum, { tokenCount }) => sum + tokenCount, 0);
   }
 
-  /** Hands over one token; returns at once. */
-  token(tokenId: number, text: string): void {
-    this.#tokenIds.push(tokenId);
-    this.#texts.push(text);
-    void this.#flush();
-  }
-
-  /** Writes what is left, then the ending. @returns false when the job is no longer ours to end. */
+  /**
+   * Writes what is left, then the ending.
+   *
+   * @param heldText of the only sequence; those of several bring theirs when they finish.
+   * @returns false when the job is no longer ours to end.
+   */
   async end(ending: Ending, heldText: string): Promise<boolean> {
     for (;;) {
-      await this.#flush();
+      await this.#flushAll();
       if (this.#isStale) return false;
+      const counts = this.sequences.map(({ tokenCount, isFinished }) => ({
+        tokens: tokenCount,
+        isFinished,
+      }));
       const outcome = await this.#attempt(() =>
-        this.#journal.end(this.#take, this.#tokenIds.length, ending, heldText),
+        this.#journal.end(this.#take, counts, ending, heldText),
       );
       if (outcome === null || outcome.kind === 'stale') return false;
-      if (outcome.kind === 'missing') await this.#attempt(() => this.#journal.restore(this.#take));
+      if (outcome.kind === 'missing') await this.#restore();
       // Redis came back without its last second: the missing tokens are written again.
-      else if (outcome.kind === 'offset') this.#written = outcome.offset;
+      else if (outcome.kind === 'offset') this.sequences[outcome.index]!.rewind(outcome.offset);
       else return true;
     }
   }
 
   /** Writes what is left and gives the job back for another take. */
   async release(): Promise<void> {
-    await this.#flush();
+    await this.#flushAll();
     if (!this.#isStale) await this.#attempt(() => this.#journal.release(this.#take));
   }
 
@@ -80,41 +98,26 @@ export class JournalWriter {
     this.#isStopped = true;
   }
 
-  #flush(): Promise<void> {
-    this.#flushing ??= this.#writeAll().finally(() => {
-      this.#flushing = null;
-      // A token may have come between the last look and now.
-      const hasMore = this.#written < this.#tokenIds.length;
-      if (hasMore && !this.#isStale && !this.#isStopped) void this.#flush();
-    });
-    return this.#flushing;
-  }
-
-  async #writeAll(): Promise<void> {
-    while (this.#written < this.#tokenIds.length && !this.#isStale) {
-      const start = this.#written;
-      const end = this.#tokenIds.length;
-      const outcome: Written | null = await this.#attempt(() =>
-        this.#journal.append(
-          this.#take,
-          start,
-          this.#tokenIds.slice(start, end),
-          this.#texts.slice(start, end),
-        ),
-      );
-      if (outcome === null) return;
-      if (outcome.kind === 'stale') {
-        this.#isStale = true;
-        this.#onStale();
-      } else if (outcome.kind === 'missing') {
-        await this.#attempt(() => this.#journal.restore(this.#take));
-      } else {
-        this.#written = outcome.kind === 'offset' ? outcome.offset : end;
-      }
+  /** One write of a sequence, until Redis takes it. @returns null when stopped, or another engine has the job. */
+  async attempt(write: () => Promise<Written>): Promise<Written | null> {
+    const outcome = await this.#attempt(write);
+    if (outcome?.kind === 'missing') await this.#restore();
+    if (outcome?.kind !== 'stale') return outcome;
+    if (!this.#isStale) {
+      this.#isStale = true;
+      this.#onStale();
     }
+    return null;
   }
 
-  /** Until Redis takes it. @returns null when stopped. */
+  async #flushAll(): Promise<void> {
+    await Promise.all(this.sequences.map((sequence) => sequence.flush()));
+  }
+
+  async #restore(): Promise<void> {
+    await this.#attempt(() => this.#journal.restore(this.#take));
+  }
+
   async #attempt<T>(write: () => Promise<T>): Promise<T | null> {
     while (!this.#isStopped) {
       try {

@@ -4,11 +4,9 @@ import { z } from 'zod';
 import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
-import type { Request } from './request.js';
+import type { Prompt } from './request.js';
 
 const messages = z.array(z.object({ role: z.string(), content: z.string() })).min(1);
-
-export type Prompt = Pick<Request, 'promptTokenIds' | 'isTextStart'>;
 
 /**
  * Tokens of the prompt. Neither text nor file is the empty prompt.

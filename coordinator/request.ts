@@ -39,7 +39,7 @@ export interface Request {
   /** 1 to maxSeqLen - 1 ids, BOS included. */
   readonly promptTokenIds: readonly number[];
   readonly sampling: Sampling;
-  /** Most tokens to generate, at least 1; the context's end may come first. */
+  /** Most tokens to generate; the context's end may come first. 0 only looks at the prompt. */
   readonly maxTokens: number;
   /** Texts that end the answer and are not part of it; at most 16, none empty. */
   readonly stop: readonly string[];
@@ -47,6 +47,31 @@ export interface Request {
   readonly ignoreEos: boolean;
   /** Drop the space that SentencePiece puts before a first word: chats and empty prompts. */
   readonly isTextStart: boolean;
+  /** Further prompts of the same job, at most MAX_SEQUENCES with all their answers. */
+  readonly otherPrompts?: readonly Prompt[];
+  /** Answers to each prompt that are shown; 1 if left out. */
+  readonly n?: number;
+  /** Answers to each prompt that are generated: the `n` with the best mean logprob are shown. `n` if left out. */
+  readonly bestOf?: number;
+  /** Report the logprob of every token, and of this many of the likeliest; none if left out. 0 to MAX_LOGPROBS. */
+  readonly logprobs?: number;
+  /** The answer begins with the prompt. */
+  readonly echo?: boolean;
+}
+
+export type Prompt = Pick<Request, 'promptTokenIds' | 'isTextStart'>;
+
+/** Sequences that one job may have. */
+export const MAX_SEQUENCES = 128;
+/** Likeliest tokens whose logprobs can be asked for. */
+export const MAX_LOGPROBS = 20;
+
+/** Natural logarithms of probabilities as the model gave them: before penalties, biases and temperature. */
+export interface TokenLogprobs {
+  /** Of the token itself. */
+  readonly logprob: number;
+  /** The likeliest tokens of its place, as many as the request asks for, by falling logprob. */
+  readonly top: readonly (readonly [tokenId: number, logprob: number])[];
 }
 
 /** Order and limits of a job beside its request. */
@@ -67,7 +92,13 @@ export interface Usage {
 
 /** How a job ended: exactly one of these, written once. */
 export type Ending =
-  | { readonly status: 'completed'; readonly finishReason: FinishReason; readonly usage: Usage }
+  | {
+      readonly status: 'completed';
+      /** Of the first sequence, where there are several. */
+      readonly finishReason: FinishReason;
+      /** Of all sequences together. */
+      readonly usage: Usage;
+    }
   | { readonly status: 'failed'; readonly code: string; readonly message: string }
   | { readonly status: 'cancelled' }
   | { readonly status: 'expired' };

@@ -62,9 +62,9 @@ void test('a job is read back as it was written, token by token', async () => {
   const id = await newJob();
   const writer = new JournalWriter(journal, await takeJob(id, 'a'), never, never);
   const reading = readAll(id);
-  writer.token(10, 'One ');
-  writer.token(11, '');
-  writer.token(12, '日');
+  writer.sequences[0]!.token(10, 'One ');
+  writer.sequences[0]!.token(11, '');
+  writer.sequences[0]!.token(12, '日');
   assert.equal(await writer.end(completed, '!'), true);
   assert.deepEqual(await reading, { tokenIds: [10, 11, 12], text: 'One 日!', ending: completed });
   assert.equal((await journal.job(id))?.status, 'completed');
@@ -76,7 +76,7 @@ void test('of two engines that hold a job, the earlier can write nothing', async
   assert.equal((await journal.append(first, 0, [10], ['x'])).kind, 'written');
   const second = await takeJob(id, 'b');
   assert.ok(second.fence > first.fence);
-  assert.deepEqual(second.tokenIds, [10]);
+  assert.deepEqual(second.sequences[0]?.tokenIds, [10]);
   assert.equal((await journal.append(first, 1, [66], ['bad'])).kind, 'stale');
   assert.equal((await journal.end(first, 1, completed, '')).kind, 'stale');
   assert.equal((await journal.append(second, 1, [11], ['y'])).kind, 'written');
@@ -89,8 +89,8 @@ void test('a writer that is fenced off hears of it once and stops', async () => 
   let staleCount = 0;
   const writer = new JournalWriter(journal, await takeJob(id, 'a'), () => (staleCount += 1), never);
   await takeJob(id, 'b');
-  writer.token(10, 'x');
-  writer.token(11, 'y');
+  writer.sequences[0]!.token(10, 'x');
+  writer.sequences[0]!.token(11, 'y');
   assert.equal(await writer.end(completed, ''), false);
   assert.equal(staleCount, 1);
   assert.deepEqual(await journal.entries(id, 0, 0), []);
@@ -103,8 +103,13 @@ void test('an append that comes twice is written once, and a gap is filled', asy
   assert.deepEqual(await journal.append(take, 0, [10, 11], ['a', 'b']), {
     kind: 'offset',
     offset: 2,
+    index: 0,
   });
-  assert.deepEqual(await journal.append(take, 5, [15], ['f']), { kind: 'offset', offset: 2 });
+  assert.deepEqual(await journal.append(take, 5, [15], ['f']), {
+    kind: 'offset',
+    offset: 2,
+    index: 0,
+  });
   assert.deepEqual(
     (await journal.entries(id, 0, 0)).map((entry) => entry.endOffset),
     [2],
@@ -147,10 +152,10 @@ void test('cancelling a waiting job ends it; an active one is asked to end', asy
 void test('a job that was given back keeps its tokens and can be cancelled at once', async () => {
   const id = await newJob();
   const writer = new JournalWriter(journal, await takeJob(id, 'a'), never, never);
-  writer.token(10, 'x');
+  writer.sequences[0]!.token(10, 'x');
   await writer.release();
   assert.equal((await journal.job(id))?.status, 'waiting');
-  assert.deepEqual((await takeJob(id, 'b')).tokenIds, [10]);
+  assert.deepEqual((await takeJob(id, 'b')).sequences[0]?.tokenIds, [10]);
 });
 
 void test('an unknown job is an error, not a wait', async () => {
@@ -185,7 +190,7 @@ void test('a reader sees each token once over a killed Redis, and nothing is los
   })();
   const count = 60;
   for (let token = 0; token < count; token += 1) {
-    writer.token(token, `${token} `);
+    writer.sequences[0]!.token(token, `${token} `);
     if (token === 30) {
       await new Promise<void>((resolve) => {
         onSeen = () => {
@@ -196,7 +201,7 @@ void test('a reader sees each token once over a killed Redis, and nothing is los
       onSeen = () => undefined;
       // Killed at once: the last second of appends may be gone, and is written again.
       await redis.kill();
-      for (let lost = 100; lost < 103; lost += 1) writer.token(lost, '');
+      for (let lost = 100; lost < 103; lost += 1) writer.sequences[0]!.token(lost, '');
       await redis.restart();
     }
   }

@@ -72,11 +72,11 @@ void test('an engine writes down anew a job that Redis forgot, and its reader mi
   const take = await takenJob();
   const reading = readAll(take.id);
   const writer = new JournalWriter(journal, take, unexpected, unexpected);
-  writer.token(10, 'a');
-  writer.token(11, 'b');
+  writer.sequences[0]!.token(10, 'a');
+  writer.sequences[0]!.token(11, 'b');
   while ((await journal.entries(take.id, 0, 0)).at(-1)?.endOffset !== 2);
   await forget(take.id);
-  writer.token(12, 'c');
+  writer.sequences[0]!.token(12, 'c');
   while ((await journal.entries(take.id, 0, 0)).at(-1)?.endOffset !== 3);
   await forget(take.id);
   assert.equal(await writer.end(ending, '.'), true);
