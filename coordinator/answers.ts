@@ -37,28 +37,36 @@ export class Answers {
     return queue;
   }
 
-  /** Writes the job down and queues it. @returns its id. @throws CaravanError `redis_unavailable`. */
-  async submit({ request, terms }: Asked): Promise<string> {
-    const id = newJobId();
-    await this.#journal.create(id, request, terms);
+  /**
+   * Writes the job down and queues it; with an id that is known already, does what is missing of that.
+   *
+   * @returns its id.
+   * @throws CaravanError `redis_unavailable`.
+   */
+  async submit({ request, terms }: Asked, id = newJobId()): Promise<string> {
+    const isNew = await this.#journal.create(id, request, terms);
     try {
       await this.queueOf(request.model).submit(id, terms);
     } catch (error) {
-      await this.#journal.forget(id).catch(() => undefined);
+      if (isNew) await this.#journal.forget(id).catch(() => undefined);
       throw error;
     }
     return id;
   }
 
-  /** Follows a job's journal and measures it. @param startMs of performance.now() at the request. */
+  /**
+   * Follows a job's journal and measures it.
+   *
+   * @param startMs of performance.now() at the request; null where nobody waits for the first token.
+   */
   async *follow(
     id: string,
     model: string,
     offset: number,
-    startMs: number,
+    startMs: number | null,
     signal: AbortSignal,
   ): AsyncGenerator<JournalEntry> {
-    let lastMs = startMs;
+    let lastMs = startMs ?? 0;
     let isFirst = offset === 0;
     this.#metrics.answersInFlight.inc();
     try {
@@ -68,10 +76,12 @@ export class Answers {
           const nowMs = performance.now();
           const seconds = (nowMs - lastMs) / 1000;
           this.#metrics.tokens.inc({ model }, count);
-          if (isFirst) this.#metrics.timeToFirstToken.observe({ model }, seconds);
-          else
+          if (startMs !== null && isFirst) {
+            this.#metrics.timeToFirstToken.observe({ model }, seconds);
+          } else if (startMs !== null) {
             for (let i = 0; i < count; i += 1)
               this.#metrics.interTokenLatency.observe({ model }, seconds / count);
+          }
           isFirst = false;
           lastMs = nowMs;
         }
@@ -88,7 +98,7 @@ export class Answers {
    * @returns OpenAI's body of the whole answer.
    * @throws CaravanError for a job that did not complete, or the signal's reason.
    */
-  async whole(head: AnswerHead, startMs: number, signal: AbortSignal) {
+  async whole(head: AnswerHead, startMs: number | null, signal: AbortSignal) {
     let text = '';
     for await (const entry of this.follow(head.jobId, head.model, 0, startMs, signal)) {
       if (entry.kind === 'tokens') {

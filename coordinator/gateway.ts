@@ -2,20 +2,32 @@
 import type { Logger } from 'pino';
 import { CaravanError } from '../proto/errors.js';
 import { Answers } from './answers.js';
+import { Batches, type BatchLimits } from './batches.js';
+import type { FileStorage } from './file-storage.js';
+import { Files, type FileLimits } from './files.js';
 import { createHttpServer } from './http.js';
 import { Journal } from './journal.js';
 import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
 import { Store } from './store.js';
+import { BatchRecords } from './store-batches.js';
+import { FileRecords } from './store-files.js';
 
 export interface GatewayOptions {
   readonly redisUrl: string;
   readonly host: string;
   /** 0 takes a free one. */
   readonly port: number;
+  /** Of uploaded files and of batch results; gateways of one Redis should share it. */
+  readonly storage: FileStorage;
+  readonly fileLimits: FileLimits;
+  readonly batchLimits: BatchLimits;
   /** Called once, with the address that is served. */
   readonly onReady: (url: string) => void;
 }
+
+/** Batches take what nobody else wants: the least urgent of JobTerms. */
+const BATCH_PRIORITY = 1000;
 
 /**
  * Serves until `draining` aborts and the open answers have ended, or until `stopping` aborts: answers are
@@ -24,7 +36,7 @@ export interface GatewayOptions {
  * @throws CaravanError `bad_usage` when the port is taken, `redis_unavailable`.
  */
 export async function runGateway(
-  { redisUrl, host, port, onReady }: GatewayOptions,
+  { redisUrl, host, port, storage, fileLimits, batchLimits, onReady }: GatewayOptions,
   draining: AbortSignal,
   stopping: AbortSignal,
   log: Logger,
@@ -37,14 +49,26 @@ export async function runGateway(
   const metrics = new GatewayMetrics();
   const answers = new Answers(redisUrl, journal, metrics, onRedisError);
   const models = new Models(store);
-  const app = createHttpServer({ store, journal, answers, models, metrics, stopping }, log);
+  const fileRecords = await FileRecords.open(redisUrl, 'impatient', onRedisError);
+  const batchRecords = await BatchRecords.open(redisUrl, 'impatient', onRedisError);
+  const files = new Files(storage, fileRecords, fileLimits);
+  const batchNeeds = { records: batchRecords, files, models, journal, answers };
+  const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
+  const routes = { store, journal, answers, models, metrics, stopping };
+  const app = createHttpServer({ ...routes, files, batches, batchRecords }, log);
+  const over = AbortSignal.any([draining, stopping]);
+  let runningBatches: Promise<void> | null = null;
   try {
     const url = await listen(() => app.listen({ host, port }), host, port);
     log.info({ url }, 'serving');
     onReady(url);
-    await aborted(AbortSignal.any([draining, stopping]));
+    runningBatches = batches.run(over);
+    await aborted(over);
     await app.close();
   } finally {
+    await runningBatches;
+    batchRecords.close();
+    fileRecords.close();
     await answers.close();
     journal.close();
     store.close();

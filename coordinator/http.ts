@@ -5,6 +5,8 @@ import Fastify, { type FastifyInstance } from 'fastify';
 import type { Logger } from 'pino';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import { addAnswerRoutes, type AnswerRoutes } from './http-answers.js';
+import { addBatchRoutes, type BatchRoutes } from './http-batches.js';
+import { addFileRoutes, type FileRoutes } from './http-files.js';
 import { statusPage } from './http-status.js';
 import type { GatewayMetrics } from './metrics.js';
 import { errorBody, modelBody } from './openai-answer.js';
@@ -12,7 +14,7 @@ import type { Store } from './store.js';
 
 const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
 
-export interface HttpRoutes extends AnswerRoutes {
+export interface HttpRoutes extends AnswerRoutes, FileRoutes, BatchRoutes {
   readonly store: Store;
   readonly metrics: GatewayMetrics;
 }
@@ -58,6 +60,8 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
 
   addAnswerRoutes(app, routes);
   addModelRoutes(app, routes);
+  addFileRoutes(app, routes);
+  addBatchRoutes(app, routes);
   addHealthRoutes(app, routes);
   app.get('/', async (_request, reply) => {
     void reply.type('text/html; charset=utf-8');

@@ -66,10 +66,10 @@ export class Journal extends JournalReader {
     }
   }
 
-  /** Writes down a new job. @throws CaravanError `redis_unavailable`. */
-  async create(id: string, request: Request, terms: JobTerms): Promise<void> {
+  /** Writes down a new job. @returns false when it is known already. @throws CaravanError `redis_unavailable`. */
+  async create(id: string, request: Request, terms: JobTerms): Promise<boolean> {
     const args = [request.model, JSON.stringify(request), JSON.stringify(terms), Date.now()];
-    await this.call(() => this.redis.eval(createScript, 1, jobKey(id), ...args));
+    return (await this.call(() => this.redis.eval(createScript, 1, jobKey(id), ...args))) === 1;
   }
 
   /** Removes a job that could not be queued. */

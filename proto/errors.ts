@@ -26,6 +26,9 @@ export const errorTable = {
   unauthorized: rule(401, 16, false, 'the API key is missing or wrong'),
   not_found: rule(404, 5, false, 'no such route, model or job'),
   payload_too_large: rule(413, 3, false, 'the body is larger than the limit'),
+  quota_exceeded: rule(429, 8, false, 'what is kept for later would pass a limit'),
+  in_use: rule(409, 9, false, 'something that has not ended needs what is to be removed'),
+  storage_unavailable: rule(503, 14, true, 'the storage of files cannot be reached'),
   queue_full: rule(429, 8, true, 'the queue is at its limit'),
   illegal_tp: rule(400, 3, false, 'the model cannot be cut into that many ranks'),
   invalid_checkpoint: rule(

@@ -3,7 +3,10 @@
  * itself takes the jobs and writes their journals.
  */
 import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
 import { pino } from 'pino';
+import { FileFolder } from '../coordinator/file-folder.js';
 import { runGateway } from '../coordinator/gateway.js';
 import { Journal, type Take } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
@@ -58,11 +61,17 @@ export async function startGateway(): Promise<TestGateway> {
   };
   await store.publishCard(card);
 
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-files-'));
   const draining = new AbortController();
   const stopping = new AbortController();
   let ended: Promise<void> = Promise.resolve();
   const url = await new Promise<string>((resolve, reject) => {
-    const options = { redisUrl: redis.url, host: '127.0.0.1', port: 0, onReady: resolve };
+    const options = {
+      ...{ redisUrl: redis.url, host: '127.0.0.1', port: 0, onReady: resolve },
+      storage: new FileFolder(folder),
+      fileLimits: { fileBytes: 1_000_000, storedBytes: 10_000_000 },
+      batchLimits: { lines: 1000, open: 10, linesInFlight: 16 },
+    };
     const log = pino({ level: 'silent' }, pino.destination(fs.openSync('/dev/null', 'w')));
     ended = runGateway(options, draining.signal, stopping.signal, log);
     ended.catch(reject);
@@ -108,6 +117,7 @@ export async function startGateway(): Promise<TestGateway> {
       await queue.close();
       journal.close();
       store.close();
+      fs.rmSync(folder, { recursive: true, force: true });
       await redis.stop();
     },
   };

@@ -47,6 +47,8 @@ const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
   ['ioredis', /^coordinator\/(queue|journal|store)/],
   ['@grpc/grpc-js', /^(coordinator\/ranks|worker\/(service|lobby|peers|partial-codec))\.ts$/],
   ['fastify', /^coordinator\/http/],
+  ['@fastify/multipart', /^coordinator\/http-files/],
+  ['@aws-sdk/client-s3', /^coordinator\/file-bucket/],
   ['prom-client', /^coordinator\/metrics/],
   ['@huggingface/tokenizers', /^model\/tokenizer/],
   ['@huggingface/jinja', /^model\/jinja-template/],

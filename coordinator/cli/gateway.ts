@@ -1,24 +1,32 @@
 /** `caravan gateway`: the HTTP front, over a Redis that runs already. */
+import path from 'node:path';
 import type { Command } from 'commander';
 import { runGateway } from '../gateway.js';
 import { listenForShutdown, openLog, reportReady } from '../process.js';
+import { defaultStateFolder } from '../state-folder.js';
+import { fileSettingNames, fileSettings } from '../file-settings.js';
 import { declareSettings } from './options.js';
 
 export function register(program: Command): void {
   const command = program
     .command('gateway')
     .description('Runs the HTTP front: an OpenAI-compatible API over the queue.');
-  const settings = declareSettings(command, ['redis', 'host', 'port', 'logLevel'], {
-    required: ['redis'],
-  });
+  const settings = declareSettings(
+    command,
+    ['redis', 'host', 'port', ...fileSettingNames, 'logLevel'],
+    { required: ['redis'] },
+  );
   command.action(async () => {
-    const { redis, host, port, logLevel } = settings();
+    const s = settings();
+    const { redis, host, port, logLevel } = s;
+    const folder = path.join(defaultStateFolder(process.env), 'files');
+    const limits = await fileSettings(s, folder);
     const { draining, stopping } = listenForShutdown();
     const onReady = (url: string): void => {
       reportReady({ url });
     };
     const log = openLog('gateway', logLevel);
-    await runGateway({ redisUrl: redis, host, port, onReady }, draining, stopping, log);
+    await runGateway({ redisUrl: redis, host, port, ...limits, onReady }, draining, stopping, log);
     // Connections that wait for a dead Redis must not keep the process.
     process.exit(0);
   });

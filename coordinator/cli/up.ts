@@ -9,6 +9,7 @@ import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
 import { openChecked } from '../local-group.js';
 import { threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
+import { fileSettingNames } from '../file-settings.js';
 import { openLog } from '../process.js';
 import { defaultStateFolder, freePort, holdStateFolder } from '../state-folder.js';
 import { Store } from '../store.js';
@@ -31,6 +32,7 @@ const settingNames = [
   'port',
   'redis',
   'stateDir',
+  ...fileSettingNames,
   'logLevel',
 ] as const;
 
@@ -126,6 +128,10 @@ class Caravan {
       ]),
     );
     const gatewayArgs = ['gateway', ...shared, '--host', s.host, '--port', String(s.port)];
+    const folder = path.join(s.stateDir ?? defaultStateFolder(process.env), 'files');
+    for (const name of fileSettingNames) {
+      gatewayArgs.push(flagOf(name), String(name === 'files' ? (s.files ?? folder) : s[name]));
+    }
     this.#gateway = this.#supervise(nodeChild('gateway', cliEntry, gatewayArgs));
     const [, gateway] = await Promise.all([this.#coordinator.start(), this.#gateway.start()]);
     return String(gateway['url']);

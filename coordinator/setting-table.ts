@@ -1,0 +1,273 @@
+/** Every setting that a process or a command may have: its flag, its rule in words and as a schema, its default. */
+import { z } from 'zod';
+import { EMBEDDED_MODEL } from './package-root.js';
+
+interface SettingRule<T> {
+  /** Placeholder of the flag's value in help texts; null for a switch, which is on or off. */
+  readonly argument: string | null;
+  readonly description: string;
+  /** The rule in words, to end the sentence "--flag must be …". */
+  readonly rule: string;
+  readonly schema: z.ZodType<T>;
+  /** Given once per value: the setting is a list. */
+  readonly isRepeatable?: boolean;
+  /** Belongs to one call, so that neither the environment nor the file may set it. */
+  readonly isFlagOnly?: boolean;
+  /** Why a legal value cannot be used in this release, or null. */
+  readonly refuse?: (value: T) => string | null;
+}
+
+export interface Setting<T, D extends T | undefined> extends SettingRule<T> {
+  readonly default: D;
+}
+
+const optional = <T>(rule: SettingRule<T>): Setting<T, undefined> => ({
+  ...rule,
+  default: undefined,
+});
+const defaulted = <T>(value: T, rule: SettingRule<T>): Setting<T, T> => ({
+  ...rule,
+  default: value,
+});
+
+// Flags and variables are text, the file has numbers: only text that is a number becomes one.
+const fromText = (value: unknown): unknown =>
+  typeof value === 'string' && /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(value)
+    ? Number(value)
+    : value;
+const number = (least: number, most: number): z.ZodType<number> =>
+  z.preprocess(fromText, z.number().min(least).max(most));
+const whole = (least: number, most: number): z.ZodType<number> =>
+  z.preprocess(fromText, z.number().int().min(least).max(most));
+
+const switchWords: Readonly<Record<string, boolean>> = {
+  true: true,
+  '1': true,
+  false: false,
+  '0': false,
+};
+const onOff = z.preprocess(
+  (value) => (typeof value === 'string' ? (switchWords[value] ?? value) : value),
+  z.boolean(),
+);
+const onOffRule = 'true or false';
+
+const text = z.string().min(1);
+const address = /^(\[[0-9a-fA-F:]+\]|[^\s:,[\]]+):([0-9]{1,5})$/;
+const addresses = z.preprocess(
+  (value) => (typeof value === 'string' ? value.split(',') : value),
+  z.array(z.string().regex(address)).min(1).max(256),
+);
+const redisUrl = z.string().regex(/^(rediss?:\/\/\S+|unix:\/\/\S+)$/);
+
+/** Every setting that more than one command or process shares. */
+export const settingTable = {
+  model: defaulted(EMBEDDED_MODEL, {
+    argument: '<model>',
+    description: 'folder of the checkpoint, hf:ORG/NAME, or caravan-tiny',
+    rule: 'a folder or hf:ORG/NAME',
+    schema: text,
+  }),
+  servedModelName: optional({
+    argument: '<name>',
+    description: "name that requests use (default: the folder's name)",
+    rule: 'a name of letters, digits and . _ - /',
+    schema: z.string().regex(/^[\w.\-/]{1,128}$/),
+  }),
+  tp: defaulted(1, {
+    argument: '<n>',
+    description: 'ranks to cut the model into',
+    rule: 'a whole number from 1 to 256',
+    schema: whole(1, 256),
+  }),
+  device: defaulted('cpu', {
+    argument: '<device>',
+    description: 'device of a rank: cpu (webgpu and cuda are not built yet)',
+    rule: 'one of cpu, webgpu, cuda',
+    schema: z.enum(['cpu', 'webgpu', 'cuda']),
+    refuse: (value) => (value === 'cpu' ? null : 'is not built yet; use cpu'),
+  }),
+  weights: defaulted('auto', {
+    argument: '<mode>',
+    description: 'how weights are held; auto takes the fastest that fits into memory',
+    rule: 'one of auto, fp32, fp16, int8, int4, int4+int8',
+    schema: z.enum(['auto', 'fp32', 'fp16', 'int8', 'int4', 'int4+int8']),
+    refuse: (value) => (value === 'fp16' ? 'is for GPUs, which are not built yet' : null),
+  }),
+  exact: defaulted(false, {
+    argument: null,
+    description: 'same request, same tokens, bit for bit, whatever else runs',
+    rule: onOffRule,
+    schema: onOff,
+  }),
+  transport: defaulted('auto', {
+    argument: '<transport>',
+    description: 'how ranks exchange partials: shm between those of one host, grpc, or auto',
+    rule: 'one of auto, grpc, shm',
+    schema: z.enum(['auto', 'grpc', 'shm']),
+  }),
+  maxSeqLen: optional({
+    argument: '<n>',
+    description: "positions of a slot, prompt and answer together (default: the model's context)",
+    rule: 'a whole number from 2 to 1048576',
+    schema: whole(2, 1_048_576),
+  }),
+  maxBatchSize: defaulted(16, {
+    argument: '<n>',
+    description: 'slots: sequences that run at once',
+    rule: 'a whole number from 1 to 1024',
+    schema: whole(1, 1024),
+  }),
+  host: defaulted('127.0.0.1', {
+    argument: '<host>',
+    description: 'address that the gateway listens on',
+    rule: 'a host name or an IP address',
+    schema: z.string().regex(/^[\w.:-]+$/),
+  }),
+  port: defaulted(8080, {
+    argument: '<port>',
+    description: 'port that the gateway listens on; 0 takes a free one',
+    rule: 'a whole number from 0 to 65535',
+    schema: whole(0, 65_535),
+  }),
+  redis: optional({
+    argument: '<url>',
+    description: 'Redis to use, redis://HOST:PORT',
+    rule: 'a redis://, rediss:// or unix:// URL',
+    schema: redisUrl,
+  }),
+  ranks: optional({
+    argument: '<addresses>',
+    description: 'addresses of the ranks in rank order, HOST:PORT,HOST:PORT,…',
+    rule: 'HOST:PORT,HOST:PORT,…',
+    schema: addresses,
+  }),
+  stateDir: optional({
+    argument: '<folder>',
+    description: "where the private Redis keeps its jobs (default: the user's data folder)",
+    rule: 'a folder',
+    schema: text,
+  }),
+  files: optional({
+    argument: '<place>',
+    description:
+      "folder, or s3://BUCKET/PREFIX, of uploaded files and batch results (default: in the user's data folder)",
+    rule: 'a folder or s3://BUCKET/PREFIX',
+    schema: text,
+  }),
+  maxFileBytes: defaulted(209_715_200, {
+    argument: '<n>',
+    description: 'most bytes of one uploaded file',
+    rule: 'a whole number from 1024 to 1099511627776',
+    schema: whole(1024, 2 ** 40),
+  }),
+  maxStoredBytes: defaulted(2 ** 40, {
+    argument: '<n>',
+    description: 'most bytes of all files together',
+    rule: 'a whole number from 1024 to 1125899906842624',
+    schema: whole(1024, 2 ** 50),
+  }),
+  maxBatches: defaulted(100, {
+    argument: '<n>',
+    description: 'most batches that have not ended',
+    rule: 'a whole number from 1 to 10000',
+    schema: whole(1, 10_000),
+  }),
+  maxBatchLines: defaulted(50_000, {
+    argument: '<n>',
+    description: 'most requests of one batch',
+    rule: 'a whole number from 1 to 10000000',
+    schema: whole(1, 10_000_000),
+  }),
+  batchLinesInFlight: defaulted(256, {
+    argument: '<n>',
+    description: 'most requests of batches that a gateway has in the queue at once',
+    rule: 'a whole number from 1 to 10000',
+    schema: whole(1, 10_000),
+  }),
+  logLevel: defaulted('info', {
+    argument: '<level>',
+    description: 'least level of log lines on stderr: debug, info, warn, error or silent',
+    rule: 'one of debug, info, warn, error, silent',
+    schema: z.enum(['debug', 'info', 'warn', 'error', 'silent']),
+  }),
+  json: defaulted(false, {
+    argument: null,
+    description: 'print JSON on stdout',
+    rule: onOffRule,
+    schema: onOff,
+    isFlagOnly: true,
+  }),
+  prompt: optional({
+    argument: '<text>',
+    description: 'text to continue',
+    rule: 'a text',
+    schema: z.string(),
+    isFlagOnly: true,
+  }),
+  chat: optional({
+    argument: '<file>',
+    description: 'JSON file of messages, [{"role", "content"}, …], to answer',
+    rule: 'a file',
+    schema: text,
+    isFlagOnly: true,
+  }),
+  maxTokens: optional({
+    argument: '<n>',
+    description: 'most tokens to generate (default: what the context leaves)',
+    rule: 'a whole number from 1 to 1048576',
+    schema: whole(1, 1_048_576),
+  }),
+  temperature: optional({
+    argument: '<t>',
+    description: '0 takes the most likely token, higher is more varied',
+    rule: 'a number from 0 to 2',
+    schema: number(0, 2),
+  }),
+  topP: optional({
+    argument: '<p>',
+    description: 'draw from the most likely tokens whose probabilities reach this sum',
+    rule: 'a number above 0 and up to 1',
+    schema: z.preprocess(fromText, z.number().gt(0).max(1)),
+  }),
+  topK: optional({
+    argument: '<k>',
+    description: 'draw from the k most likely tokens; 0 keeps all',
+    rule: 'a whole number from 0 to 1048576',
+    schema: whole(0, 1_048_576),
+  }),
+  seed: optional({
+    argument: '<n>',
+    description: 'the same seed draws the same coins (default: drawn, and kept with the job)',
+    rule: 'a whole number from 0 to 9007199254740991',
+    schema: whole(0, Number.MAX_SAFE_INTEGER),
+  }),
+  stop: optional({
+    argument: '<text>',
+    description: 'text that ends the answer; may be given up to 16 times',
+    rule: 'up to 16 texts, none empty',
+    schema: z.array(text).max(16),
+    isRepeatable: true,
+    isFlagOnly: true,
+  }),
+  ignoreEos: defaulted(false, {
+    argument: null,
+    description: "do not stop at the model's end-of-sequence token",
+    rule: onOffRule,
+    schema: onOff,
+    isFlagOnly: true,
+  }),
+  priority: optional({
+    argument: '<n>',
+    description: '1 is the most urgent, 1000 the least (default: 100)',
+    rule: 'a whole number from 1 to 1000',
+    schema: whole(1, 1000),
+  }),
+  deadline: optional({
+    argument: '<seconds>',
+    description: 'seconds from now after which the job expires',
+    rule: 'a number of seconds above 0 and up to 31536000',
+    schema: z.preprocess(fromText, z.number().gt(0).max(31_536_000)),
+    isFlagOnly: true,
+  }),
+} as const;
