@@ -3,6 +3,7 @@
  */
 import { CaravanError, isErrorCode } from '../proto/errors.js';
 import type { GatewayMetrics } from './metrics.js';
+import { sequenceCount } from './job-sequences.js';
 import { newJobId, type Journal, type JournalEntry } from './journal.js';
 import { JobQueue } from './queue.js';
 import type { Asked } from './openai.js';
@@ -48,7 +49,7 @@ export class Answers {
     try {
       await this.queueOf(request.model).submit(id, terms);
     } catch (error) {
-      if (isNew) await this.#journal.forget(id).catch(() => undefined);
+      if (isNew) await this.#journal.forget(id, sequenceCount(request)).catch(() => undefined);
       throw error;
     }
     return id;

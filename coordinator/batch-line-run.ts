@@ -7,6 +7,7 @@ import { LineFault, parseLine, type RawLine } from './batch-lines.js';
 import type { LineResult } from './batch-results.js';
 import type { Journal } from './journal.js';
 import type { Models } from './models.js';
+import { sequenceCount } from './job-sequences.js';
 import { modelNameOf, type Asked } from './openai.js';
 import type { AnswerHead } from './openai-answer.js';
 import { outputLine, refusedLine, unansweredLine } from './openai-batch.js';
@@ -69,12 +70,14 @@ export class LineRun {
   async result(raw: RawLine, isResumed: boolean): Promise<LineResult> {
     const { jobId, line } = this.#line;
     let customId: string | null = null;
+    let sequences = 1;
     try {
       const { endpoint } = this.#order;
       const parsed = parseLine(raw, endpoint);
       customId = parsed.customId;
       const asked = await this.#patiently(() => this.#ask(parsed.body));
       this.#model = asked.request.model;
+      sequences = sequenceCount(asked.request);
       const job = isResumed ? await this.#patiently(() => this.#needs.journal.job(jobId)) : null;
       const createdS = Math.floor((job?.createdMs ?? Date.now()) / 1000);
       const { kind } = endpoints[endpoint]!;
@@ -94,7 +97,7 @@ export class LineRun {
       });
       const { usage } = body;
       return {
-        ...{ line, jobId, isError: false },
+        ...{ line, jobId, sequences, isError: false },
         text: JSON.stringify(outputLine(this.#head(customId), jobId, body)),
         inputTokens: usage.prompt_tokens,
         outputTokens: usage.completion_tokens,
@@ -103,7 +106,7 @@ export class LineRun {
       this.#stopping.throwIfAborted();
       const error = thrown instanceof Decided ? thrown.error : thrown;
       const text = JSON.stringify(this.#errorLine(customId, error));
-      return { line, jobId, isError: true, text, inputTokens: 0, outputTokens: 0 };
+      return { line, jobId, sequences, isError: true, text, inputTokens: 0, outputTokens: 0 };
     }
   }
 
@@ -174,7 +177,15 @@ export function unstartedResult(order: BatchOrder, raw: RawLine, closing: Closin
   }
   const head = { batchId: order.id, line: raw.line, customId };
   const text = JSON.stringify(unansweredLine(head, ...closingNews[closing]));
-  return { line: raw.line, jobId: null, isError: true, text, inputTokens: 0, outputTokens: 0 };
+  return {
+    line: raw.line,
+    jobId: null,
+    sequences: 0,
+    isError: true,
+    text,
+    inputTokens: 0,
+    outputTokens: 0,
+  };
 }
 
 /** An error that no second try changes, whatever its code says. */

@@ -22,6 +22,8 @@ export interface LineResult {
   readonly isError: boolean;
   /** The job that is not needed once this is recorded; null for a line that never had one. */
   readonly jobId: string | null;
+  /** Sequences of the job. */
+  readonly sequences: number;
   readonly inputTokens: number;
   readonly outputTokens: number;
 }

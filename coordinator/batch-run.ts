@@ -324,7 +324,9 @@ class Flight {
     this.#wrote(await records.record(this.#hold, this.#version, part, tally, next, lines));
     this.#results.drop(stored);
     // Should this be missed, they leave when their time is over.
-    for (const { jobId } of withJobs) journal.forget(jobId!).catch(() => undefined);
+    for (const { jobId, sequences } of withJobs) {
+      journal.forget(jobId!, sequences).catch(() => undefined);
+    }
   }
 
   /** Withdraws what is in flight, and says of all other lines that they were not answered. */

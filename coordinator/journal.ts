@@ -72,9 +72,9 @@ export class Journal extends JournalReader {
     return (await this.call(() => this.redis.eval(createScript, 1, jobKey(id), ...args))) === 1;
   }
 
-  /** Removes a job that could not be queued. */
-  async forget(id: string): Promise<void> {
-    await this.call(() => this.redis.del(keysOf(id, 1)));
+  /** Removes a job that could not be queued, or that nobody needs any more. @param sequences that it has. */
+  async forget(id: string, sequences: number): Promise<void> {
+    await this.call(() => this.redis.del(keysOf(id, sequences)));
   }
 
   /** Takes a job for an engine: from now on, whoever held it before can write nothing. */
