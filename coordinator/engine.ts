@@ -19,7 +19,8 @@ import {
 import { coin, purpose } from './coin.js';
 import type { Ranks } from './ranks.js';
 import type { FinishReason, Request, TokenLogprobs } from './request.js';
-import { mergeCandidates, pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
+import { pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
+import { SampledRowReader, type SampledRow } from './sampled-row.js';
 import { adaptBudget, planStep, type StepPlan } from './scheduler.js';
 import { Sequence } from './sequence.js';
 import { Slots } from './slots.js';
@@ -239,70 +240,97 @@ export class RankEngine implements Engine {
     this.#stepNumber += 1;
     const starting = chunks.map(({ sequence }) => sequence).filter((sequence) => sequence.isNew);
     for (const sequence of starting) sequence.isNew = false;
-    const isSampling = [...decodes, ...chunks.map(({ sequence }) => sequence)].some(
-      ({ spec }) => spec.request.sampling.temperature > 0,
-    );
+    const sequences = [...decodes, ...chunks.map(({ sequence }) => sequence)];
+    const isSampling = sequences.some(({ spec }) => spec.request.sampling.temperature > 0);
     return {
       number: this.#stepNumber,
       joins: starting.map(({ slot, spec }) => ({
         slot,
         temperature: spec.request.sampling.temperature,
         adjustment: adjustmentOf(spec.request),
+        reportsRaw: spec.reportsLogprobs === true,
       })),
       decodeSlots: decodes.map(({ slot }) => slot),
       decodeTokens: decodes.map(({ decodeToken }) => decodeToken),
-      chunks: chunks.map(({ sequence, count }): Chunk => ({
-        slot: sequence.slot,
-        tokens: sequence.nextTokens(count),
-        sampledRows: sequence.isSampledAfter(count)
-          ? SampledRows.SAMPLED_ROWS_LAST
-          : SampledRows.SAMPLED_ROWS_NONE,
-        targets: [],
-      })),
+      chunks: chunks.map(({ sequence, count }): Chunk => {
+        const targets = sequence.promptTargets(count);
+        const isSampled = sequence.isSampledAfter(count);
+        return {
+          slot: sequence.slot,
+          tokens: sequence.nextTokens(count),
+          sampledRows:
+            targets.length > 0
+              ? SampledRows.SAMPLED_ROWS_ALL
+              : isSampled
+                ? SampledRows.SAMPLED_ROWS_LAST
+                : SampledRows.SAMPLED_ROWS_NONE,
+          targets,
+        };
+      }),
       topK: isSampling ? SAMPLED_TOP_K : 1,
+      rawTopK: Math.max(...sequences.map(({ topLogprobCount }) => topLogprobCount)),
     };
   }
 
-  /** Sampled rows are the decodes, then the chunks that end a prompt; forced rows are passed over. */
+  /** Sampled rows are the decodes, then those of chunks; forced rows are passed over. */
   async #sample(
     { decodes, chunks }: StepPlan<Sequence>,
     step: Step,
     results: readonly StepResult[],
   ): Promise<void> {
-    let row = 0;
+    const rows = new SampledRowReader(results, this.#ranks.vocabCounts);
     for (const sequence of decodes) {
-      if (sequence.isSampledAfter(0)) await this.#sampleRow(sequence, step.number, results, row);
-      row += 1;
+      const row = rows.next(sequence.spec.reportsLogprobs === true);
+      if (sequence.isSampledAfter(0)) await this.#sampleRow(sequence, step.number, row);
     }
     for (const [i, { sequence }] of chunks.entries()) {
-      if (step.chunks[i]!.sampledRows === SampledRows.SAMPLED_ROWS_NONE) continue;
-      await this.#sampleRow(sequence, step.number, results, row);
-      row += 1;
+      const { sampledRows, tokens, targets } = step.chunks[i]!;
+      if (sampledRows === SampledRows.SAMPLED_ROWS_NONE) continue;
+      const rowCount = sampledRows === SampledRows.SAMPLED_ROWS_ALL ? tokens.length : 1;
+      const isRaw = sequence.spec.reportsLogprobs === true;
+      const chunkRows = Array.from({ length: rowCount }, () => rows.next(isRaw));
+      if (targets.length > 0 && !sequence.isCancelled) {
+        const count = sequence.topLogprobCount;
+        sequence.sink.prompt?.(targets.map((_, at) => chunkRows[at]!.targetLogprobs(count)));
+      }
+      if (sequence.isSampledAfter(0)) {
+        await this.#sampleRow(sequence, step.number, chunkRows.at(-1)!);
+      }
     }
   }
 
-  async #sampleRow(
-    sequence: Sequence,
-    stepNumber: number,
-    results: readonly StepResult[],
-    row: number,
-  ): Promise<void> {
+  async #sampleRow(sequence: Sequence, stepNumber: number, row: SampledRow): Promise<void> {
     if (sequence.isCancelled) return;
-    const { sampling } = sequence.spec.request;
+    const { spec } = sequence;
+    const { sampling } = spec.request;
+    if (spec.request.maxTokens === 0) {
+      this.#finish(sequence, 'length');
+      return;
+    }
     const drawn =
       sampling.temperature === 0
         ? 0
-        : coin(sampling.seed, sequence.spec.index, sequence.position, purpose.sample);
-    const candidates = mergeCandidates(results, this.#ranks.vocabCounts, row);
+        : coin(sampling.seed, spec.index, sequence.position, purpose.sample);
+    const candidates = row.candidates();
     const token =
       pickToken(candidates, sampling, drawn) ??
       pickToken(
-        wholeRowCandidates(await this.#ranks.fetchRow(stepNumber, row, 'adjusted'), candidates.lse),
+        wholeRowCandidates(
+          await this.#ranks.fetchRow(stepNumber, row.number, 'adjusted'),
+          candidates.lse,
+        ),
         sampling,
         drawn,
       );
     if (token === null) throw new CaravanError('internal', 'a whole row gave no token');
-    const reason = sequence.accept(token);
+    let logprobs: TokenLogprobs | undefined;
+    if (spec.reportsLogprobs === true) {
+      const logit =
+        row.rawLogitOf(token) ??
+        (await this.#ranks.fetchRow(stepNumber, row.number, 'raw'))[token]!;
+      logprobs = row.logprobs(logit, sequence.topLogprobCount);
+    }
+    const reason = sequence.accept(token, logprobs);
     if (reason !== null) this.#finish(sequence, reason);
   }
 

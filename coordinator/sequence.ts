@@ -7,7 +7,7 @@
  * an earlier take generated are known from the start: they are fed like the prompt, or, in exact mode,
  * one by one as forced decode rows, because attention over one row takes another kernel than over many.
  */
-import type { FinishReason } from './request.js';
+import type { FinishReason, TokenLogprobs } from './request.js';
 import type { SequenceSink, SequenceSpec } from './engine.js';
 import type { Schedulable } from './scheduler.js';
 import type { TextStream } from './text-stream.js';
@@ -72,6 +72,17 @@ export class Sequence implements Schedulable {
     return this.#tokens.slice(this.#fed, this.#fed + count);
   }
 
+  /** How many of the likeliest tokens are reported with each token. */
+  get topLogprobCount(): number {
+    return this.spec.reportsLogprobs === true ? (this.spec.request.logprobs ?? 0) : 0;
+  }
+
+  /** Tokens of the prompt whose logprobs are wanted of the next `count` rows; from the first row on. */
+  promptTargets(count: number): number[] {
+    if (this.spec.reportsPrompt !== true) return [];
+    return this.#tokens.slice(this.#fed + 1, Math.min(this.#fed + count + 1, this.#promptLength));
+  }
+
   /** Whether the row after the next `count` tokens says something new. */
   isSampledAfter(count: number): boolean {
     return this.#fed + count === this.#tokens.length;
@@ -89,9 +100,9 @@ export class Sequence implements Schedulable {
   }
 
   /** Takes the next token and tells the sink. @returns why the sequence is over, or null. */
-  accept(token: number): FinishReason | null {
+  accept(token: number, logprobs?: TokenLogprobs): FinishReason | null {
     this.#tokens.push(token);
-    this.sink.token(token, this.#text.push(token));
+    this.sink.token(token, this.#text.push(token), logprobs);
     return this.#endingAfter(token);
   }
 

@@ -3,7 +3,7 @@
  * reported.
  */
 import { CaravanError } from '../proto/errors.js';
-import type { FetchRow, Step, StepResult } from '../proto/gen/cluster.js';
+import type { FetchRow, RawLogits, Step, StepResult } from '../proto/gen/cluster.js';
 import { AdjustedLogits } from './adjusted-logits.js';
 import type { Pacer } from './pacer.js';
 import type { Pass } from './pass.js';
@@ -15,6 +15,8 @@ export class Forward {
   readonly #pacer: Pacer;
   /** (slots) of the sequences in them. */
   readonly #temperatures: Float64Array;
+  /** (slots) whether their rows come with raw logits. */
+  readonly #reportsRaw: boolean[] = [];
   readonly #adjusted: AdjustedLogits;
   #lastStep = 0;
   /** (sampled rows) slots of the last step. */
@@ -47,6 +49,7 @@ export class Forward {
       }
       slots.lengths[slot] = 0;
       this.#temperatures[slot] = temperature;
+      this.#reportsRaw[slot] = join.reportsRaw === true;
       this.#adjusted.join(join);
     }
     const layout = layOutStep(step, {
@@ -103,6 +106,8 @@ export class Forward {
     const lseRaw = new Array<number>(rowCount);
     const lseAdjusted = new Array<number>(rowCount);
     const targetLogits: number[] = [];
+    const rawK = Math.min(step.rawTopK ?? 0, count);
+    const rawLogits: RawLogits = { rowCount: 0, topIds: [], topLogits: [], adjustedTopLogits: [] };
     for (let row = 0; row < rowCount; row += 1) {
       const slot = layout.sampledSlots[row]!;
       const raw = this.#pass.logits(row);
@@ -111,9 +116,21 @@ export class Forward {
       const max = topLogits[row * k]!;
       const temperature = this.#temperatures[slot]!;
       const target = layout.targets[row]!;
-      // A greedy row needs no probabilities, and raw ones are only for evaluation.
-      lseRaw[row] = target >= 0 ? logSumExp(raw, 0, count, largestOf(raw), 1) : 0;
+      const isRaw = this.#reportsRaw[slot] === true;
+      // A greedy row needs no probabilities, and raw ones are only for evaluation and logprobs.
+      const needsRaw = isRaw || target >= 0;
+      lseRaw[row] = needsRaw ? logSumExp(raw, 0, count, largestOf(raw), 1) : 0;
       lseAdjusted[row] = temperature > 0 ? logSumExp(adjusted, 0, count, max, temperature) : 0;
+      if (isRaw) {
+        rawLogits.rowCount += 1;
+        const at = rawLogits.topIds.length;
+        if (rawK > 0) {
+          selectTopK(raw, 0, count, start, rawK, rawLogits.topIds, rawLogits.topLogits, at);
+        }
+        for (let i = row * k; i < (row + 1) * k; i += 1) {
+          rawLogits.adjustedTopLogits.push(raw[topIds[i]! - start]!);
+        }
+      }
       if (layout.hasTargets) {
         const own = target - start;
         targetLogits.push(target >= 0 && own >= 0 && own < count ? raw[own]! : NaN);
@@ -126,6 +143,7 @@ export class Forward {
       lseRaw,
       lseAdjusted,
       targetLogits,
+      raw: rawLogits.rowCount > 0 ? rawLogits : undefined,
       computeUs: 0,
       waitUs: 0,
       longestStretchUs: 0,

@@ -69,7 +69,7 @@ export const SampledRows = {
   SAMPLED_ROWS_NONE: 0,
   /** SAMPLED_ROWS_LAST - The chunk ends the prompt: its last row is sampled. */
   SAMPLED_ROWS_LAST: 1,
-  /** SAMPLED_ROWS_ALL - Every row is reported (evaluation). */
+  /** SAMPLED_ROWS_ALL - Every row is reported (evaluation, logprobs of a prompt). */
   SAMPLED_ROWS_ALL: 2,
   UNRECOGNIZED: -1,
 } as const;
@@ -176,6 +176,8 @@ export interface Step {
   chunks: Chunk[];
   /** How many of the largest logits to report per sampled row. */
   topK: number;
+  /** How many of the largest raw logits to report per sampled row of the slots that report them. */
+  rawTopK?: number | undefined;
 }
 
 export interface Join {
@@ -183,7 +185,11 @@ export interface Join {
   /** Divides the logits for `lse_adjusted`; 0 (greedy) leaves it out of the computation. */
   temperature: number;
   /** How logits are changed before they are compared; left out where they are not. */
-  adjustment?: Adjustment | undefined;
+  adjustment?:
+    | Adjustment
+    | undefined;
+  /** Whether sampled rows of this slot come with raw logits, for logprobs. */
+  reportsRaw?: boolean | undefined;
 }
 
 /**
@@ -210,7 +216,7 @@ export interface Chunk {
   slot: number;
   tokens: number[];
   sampledRows: SampledRows;
-  /** With SAMPLED_ROWS_ALL: the ids whose logits are wanted, one a row (evaluation); may be empty. */
+  /** With SAMPLED_ROWS_ALL: the ids whose logits are wanted, one a row from the first on; may be fewer than rows. */
   targets: number[];
 }
 
@@ -224,17 +230,33 @@ export interface StepResult {
   topIds: number[];
   /** (rows, k) adjusted logits. */
   topLogits: number[];
-  /** (rows) log Σ exp(logit) over this rank's slice; 0 for rows without a target. */
+  /** (rows) log Σ exp(logit) over this rank's slice; 0 for rows without a target whose slot reports nothing raw. */
   lseRaw: number[];
   /** (rows) log Σ exp(adjusted logit / temperature) over this rank's slice; 0 where temperature is 0. */
   lseAdjusted: number[];
-  /** (rows of chunks with targets) the target's logit, or NaN where it lies in another rank's slice. */
+  /**
+   * (rows), if any chunk has targets: the target's raw logit, or NaN where it lies in another rank's slice or
+   * there is none.
+   */
   targetLogits: number[];
   /** Time in segments and in waiting for peers, in microseconds. */
   computeUs: number;
   waitUs: number;
   /** The longest time without serving the network, in microseconds. */
   longestStretchUs: number;
+  /** Left out where no row's slot reports raw logits. */
+  raw?: RawLogits | undefined;
+}
+
+/** Logits before any adjustment, of those rows of a step whose slots report them, in their order. */
+export interface RawLogits {
+  rowCount: number;
+  /** (row_count, min(raw_top_k, vocab_count)) ids by falling logit; ties by rising id. */
+  topIds: number[];
+  /** (row_count, min(raw_top_k, vocab_count)) their logits. */
+  topLogits: number[];
+  /** (row_count, k) logits of the step's top_ids. */
+  adjustedTopLogits: number[];
 }
 
 /** Asks for this rank's slice of all logits of a sampled row of the last step. */
@@ -912,7 +934,7 @@ export const Loaded: MessageFns<Loaded> = {
 };
 
 function createBaseStep(): Step {
-  return { number: 0, joins: [], decodeSlots: [], decodeTokens: [], chunks: [], topK: 0 };
+  return { number: 0, joins: [], decodeSlots: [], decodeTokens: [], chunks: [], topK: 0, rawTopK: undefined };
 }
 
 export const Step: MessageFns<Step> = {
@@ -942,6 +964,9 @@ export const Step: MessageFns<Step> = {
     }
     if (message.topK !== 0) {
       writer.uint32(48).uint32(message.topK);
+    }
+    if (message.rawTopK !== undefined) {
+      writer.uint32(56).uint32(message.rawTopK);
     }
     return writer;
   },
@@ -1027,6 +1052,14 @@ export const Step: MessageFns<Step> = {
             message.topK = reader.uint32();
             continue;
           }
+          case 7: {
+            if (tag !== 56) {
+              break;
+            }
+
+            message.rawTopK = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1041,7 +1074,7 @@ export const Step: MessageFns<Step> = {
 };
 
 function createBaseJoin(): Join {
-  return { slot: 0, temperature: 0, adjustment: undefined };
+  return { slot: 0, temperature: 0, adjustment: undefined, reportsRaw: undefined };
 }
 
 export const Join: MessageFns<Join> = {
@@ -1054,6 +1087,9 @@ export const Join: MessageFns<Join> = {
     }
     if (message.adjustment !== undefined) {
       Adjustment.encode(message.adjustment, writer.uint32(26).fork()).join();
+    }
+    if (message.reportsRaw !== undefined) {
+      writer.uint32(32).bool(message.reportsRaw);
     }
     return writer;
   },
@@ -1093,6 +1129,14 @@ export const Join: MessageFns<Join> = {
             }
 
             message.adjustment = Adjustment.decode(reader, reader.uint32());
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.reportsRaw = reader.bool();
             continue;
           }
         }
@@ -1355,6 +1399,7 @@ function createBaseStepResult(): StepResult {
     computeUs: 0,
     waitUs: 0,
     longestStretchUs: 0,
+    raw: undefined,
   };
 }
 
@@ -1406,6 +1451,9 @@ export const StepResult: MessageFns<StepResult> = {
     }
     if (message.longestStretchUs !== 0) {
       writer.uint32(72).uint32(message.longestStretchUs);
+    }
+    if (message.raw !== undefined) {
+      RawLogits.encode(message.raw, writer.uint32(82).fork()).join();
     }
     return writer;
   },
@@ -1544,6 +1592,135 @@ export const StepResult: MessageFns<StepResult> = {
 
             message.longestStretchUs = reader.uint32();
             continue;
+          }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.raw = RawLogits.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseRawLogits(): RawLogits {
+  return { rowCount: 0, topIds: [], topLogits: [], adjustedTopLogits: [] };
+}
+
+export const RawLogits: MessageFns<RawLogits> = {
+  encode(message: RawLogits, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.rowCount !== 0) {
+      writer.uint32(8).uint32(message.rowCount);
+    }
+    if (message.topIds.length !== 0) {
+      writer.uint32(18).fork();
+      for (const v of message.topIds) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    if (message.topLogits.length !== 0) {
+      writer.uint32(26).fork();
+      for (const v of message.topLogits) {
+        writer.float(v);
+      }
+      writer.join();
+    }
+    if (message.adjustedTopLogits.length !== 0) {
+      writer.uint32(34).fork();
+      for (const v of message.adjustedTopLogits) {
+        writer.float(v);
+      }
+      writer.join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RawLogits {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRawLogits();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.rowCount = reader.uint32();
+            continue;
+          }
+          case 2: {
+            if (tag === 16) {
+              message.topIds.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 18) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.topIds.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 3: {
+            if (tag === 29) {
+              message.topLogits.push(reader.float());
+
+              continue;
+            }
+
+            if (tag === 26) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.topLogits.push(reader.float());
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 4: {
+            if (tag === 37) {
+              message.adjustedTopLogits.push(reader.float());
+
+              continue;
+            }
+
+            if (tag === 34) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.adjustedTopLogits.push(reader.float());
+              }
+
+              continue;
+            }
+
+            break;
           }
         }
         if ((tag & 7) === 4 || tag === 0) {
