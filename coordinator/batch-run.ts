@@ -6,6 +6,7 @@
  * a started line in Redis, its answer in its job's journal.
  */
 import { createHash } from 'node:crypto';
+import { setMaxListeners } from 'node:events';
 import { setTimeout as delay } from 'node:timers/promises';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import {
@@ -162,6 +163,8 @@ export class BatchRun {
     const lines = new AbortController();
     try {
       const signal = AbortSignal.any([this.#stopping, lines.signal]);
+      // Every line listens to it.
+      setMaxListeners(0, signal);
       const flight = new Flight(this.#needs, this.#hold, state, this.#bell, signal);
       for (let isResumed = false; ;) {
         this.#stopping.throwIfAborted();

@@ -8,7 +8,7 @@ import { fileKey } from './store-files.js';
 import type { Hold } from './store-batches.js';
 
 /** A dead gateway's batches move after this. */
-const LEASE_MS = 8_000;
+const LEASE_MS = 5_000;
 const RENEW_EVERY_MS = 1_000;
 const LOOK_EVERY_MS = 1_000;
 const SWEEP_EVERY_MS = 60_000;

@@ -6,8 +6,14 @@
 const BAR_CELLS = 24;
 const DRAW_EVERY_MS = 100;
 const LINE_EVERY_MS = 10_000;
-/** The rate is that of the last seconds. */
+/** The rate is that of the last seconds, unless told otherwise. */
 const RATE_WINDOW_MS = 5_000;
+
+/** What is counted: bytes, unless told otherwise. */
+export interface Measure {
+  readonly spell: (amount: number) => string;
+  readonly rateWindowMs: number;
+}
 
 export interface Screen {
   readonly isTTY?: boolean;
@@ -18,29 +24,35 @@ export interface Screen {
 export class ProgressBar {
   readonly #title: string;
   readonly #screen: Screen;
-  #totalBytes = 0;
-  #doneBytes = 0;
+  readonly #measure: Measure;
+  #total = 0;
+  #done = 0;
   #note = '';
   #drawnMs = -Infinity;
-  /** (moments) of the last seconds: when, and how many bytes came by then. */
-  #moments: { readonly atMs: number; readonly bytes: number }[] = [];
-  /** Bytes that came over the wire, unlike those that were there. */
-  #cameBytes = 0;
+  /** (moments) of the last seconds: when, and how much had come by then. */
+  #moments: { readonly atMs: number; readonly came: number }[] = [];
+  /** What came while we looked on, unlike what was there. */
+  #came = 0;
 
-  constructor(title: string, screen: Screen) {
+  constructor(
+    title: string,
+    screen: Screen,
+    measure: Measure = { spell: spellBytes, rateWindowMs: RATE_WINDOW_MS },
+  ) {
     this.#title = title;
     this.#screen = screen;
+    this.#measure = measure;
   }
 
-  /** So many more bytes are to come. */
-  expect(byteCount: number): void {
-    this.#totalBytes += byteCount;
+  /** So many more are to come. */
+  expect(count: number): void {
+    this.#total += count;
   }
 
   /** @param isNew whether they came now; what an earlier process left says nothing of the rate. */
-  advance(byteCount: number, isNew: boolean): void {
-    this.#doneBytes += byteCount;
-    if (isNew) this.#cameBytes += byteCount;
+  advance(count: number, isNew: boolean): void {
+    this.#done += count;
+    if (isNew) this.#came += count;
     this.#draw(false);
   }
 
@@ -59,7 +71,7 @@ export class ProgressBar {
 
   #draw(isLast: boolean): void {
     // Nothing is known yet, or nothing is to come.
-    if (this.#totalBytes === 0) return;
+    if (this.#total === 0) return;
     const nowMs = performance.now();
     const isTerminal = this.#screen.isTTY === true;
     if (!isLast && nowMs - this.#drawnMs < (isTerminal ? DRAW_EVERY_MS : LINE_EVERY_MS)) return;
@@ -74,19 +86,20 @@ export class ProgressBar {
   }
 
   #line(nowMs: number): string {
-    const share = this.#totalBytes === 0 ? 0 : this.#doneBytes / this.#totalBytes;
+    const { spell, rateWindowMs } = this.#measure;
+    const share = this.#total === 0 ? 0 : this.#done / this.#total;
     const cells = Math.round(share * BAR_CELLS);
     const bar = `${'█'.repeat(cells)}${'░'.repeat(BAR_CELLS - cells)}`;
-    this.#moments = this.#moments.filter(({ atMs }) => nowMs - atMs < RATE_WINDOW_MS);
-    this.#moments.push({ atMs: nowMs, bytes: this.#cameBytes });
+    this.#moments = this.#moments.filter(({ atMs }) => nowMs - atMs < rateWindowMs);
+    this.#moments.push({ atMs: nowMs, came: this.#came });
     const first = this.#moments[0]!;
     const seconds = (nowMs - first.atMs) / 1000;
-    const rate = seconds === 0 ? 0 : (this.#cameBytes - first.bytes) / seconds;
-    const left = rate === 0 ? '' : `, ${clock((this.#totalBytes - this.#doneBytes) / rate)} left`;
+    const rate = seconds === 0 ? 0 : (this.#came - first.came) / seconds;
+    const left = rate === 0 ? '' : `, ${clock((this.#total - this.#done) / rate)} left`;
     const percent = String(Math.floor(100 * share)).padStart(3);
     return (
-      `${this.#title} ${bar} ${percent} %  ${spellBytes(this.#doneBytes)} of ` +
-      `${spellBytes(this.#totalBytes)}, ${spellBytes(rate)}/s${left}` +
+      `${this.#title} ${bar} ${percent} %  ${spell(this.#done)} of ` +
+      `${spell(this.#total)}, ${spell(rate)}/s${left}` +
       (this.#note === '' ? '' : `  ${this.#note}`)
     );
   }

@@ -142,6 +142,18 @@ export const settingTable = {
     rule: 'HOST:PORT,HOST:PORT,…',
     schema: addresses,
   }),
+  url: defaulted('http://127.0.0.1:8080', {
+    argument: '<url>',
+    description: 'address of the gateway',
+    rule: 'an http:// or https:// URL',
+    schema: z.string().regex(/^https?:\/\/[^\s/]+\/?$/),
+  }),
+  apiKey: optional({
+    argument: '<key>',
+    description: 'key to show to the gateway',
+    rule: 'a text without spaces',
+    schema: z.string().regex(/^[\x21-\x7e]+$/),
+  }),
   stateDir: optional({
     argument: '<folder>',
     description: "where the private Redis keeps its jobs (default: the user's data folder)",

@@ -44,6 +44,7 @@ export const errorTable = {
   rank_failed: rule(503, 14, true, 'a rank stopped in the middle of its work'),
   redis_unavailable: rule(503, 14, true, 'Redis cannot be reached'),
   engine_unavailable: rule(503, 14, true, 'no engine serves the model at present'),
+  gateway_unavailable: rule(503, 14, true, 'the gateway cannot be reached'),
   hub_unavailable: rule(503, 14, true, 'a download cannot be reached, or broke off'),
   checksum_mismatch: rule(502, 15, true, 'a downloaded file is not what its source says it is'),
   disk_full: rule(507, 8, false, 'the disk has too little room'),

@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import fs from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
+import type { Command } from 'commander';
 import { createProgram } from '../coordinator/cli/program.js';
 import { packageRoot } from '../coordinator/package-root.js';
 import { errorTable } from '../proto/errors.js';
@@ -13,19 +14,29 @@ void test('docs/cli.md lists exactly the commands and flags that exist', () => {
     read('docs/cli.md')
       .split(/^## /m)
       .slice(1)
-      .map((section) => [/^[\w-]+/.exec(section)![0], section] as const),
+      .map((section) => [/^[\w-]+( [\w-]+)*/.exec(section)![0], section] as const),
   );
-  const { commands } = createProgram();
-  assert.deepEqual([...sections.keys()].sort(), commands.map((command) => command.name()).sort());
-  for (const command of commands) {
-    const documented = [...sections.get(command.name())!.matchAll(/^\| `(--[^`]*)`/gm)];
+  const commands = runnable(createProgram());
+  assert.deepEqual([...sections.keys()].sort(), [...commands.keys()].sort());
+  for (const [name, command] of commands) {
+    const documented = [...sections.get(name)!.matchAll(/^\| `(--[^`]*)`/gm)];
     assert.deepEqual(
       documented.map(([, flags]) => flags).sort(),
       command.options.map((option) => option.flags).sort(),
-      command.name(),
+      name,
     );
   }
 });
+
+/** Commands that do something, by the words that call them: `batch submit`, not `batch`. */
+function runnable(parent: Command, words = ''): Map<string, Command> {
+  return new Map(
+    parent.commands.flatMap((command) => {
+      const name = `${words}${command.name()}`;
+      return command.commands.length > 0 ? [...runnable(command, `${name} `)] : [[name, command]];
+    }),
+  );
+}
 
 void test('docs/errors.md lists exactly the codes that exist, with their facts', () => {
   const rows = [

@@ -1,6 +1,7 @@
 /** The whole command line: one file per command. */
 import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
+import { register as registerBatch } from './batch.js';
 import { register as registerCancel } from './cancel.js';
 import { register as registerCoordinator } from './coordinator.js';
 import { register as registerDoctor } from './doctor.js';
@@ -26,6 +27,7 @@ const commands = [
   registerJobs,
   registerResult,
   registerCancel,
+  registerBatch,
   registerCoordinator,
   registerGateway,
   registerPull,
