@@ -17,6 +17,8 @@ import {
   type StepResult,
 } from '../proto/gen/cluster.js';
 import { coin, purpose } from './coin.js';
+import { GrammarCache } from './grammar.js';
+import { MaskTable } from './mask-table.js';
 import type { Ranks } from './ranks.js';
 import type { FinishReason, Request, TokenLogprobs } from './request.js';
 import { pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
@@ -63,7 +65,8 @@ export interface Engine {
   readonly freeSlotCount: number;
   /**
    * Starts a sequence.
-   * @throws CaravanError `internal` when no slot is free, `rank_failed` when the engine has ended.
+   * @throws CaravanError `internal` when no slot is free, `rank_failed` when the engine has ended, `invalid_request`
+   *   for a grammar that passes a limit.
    */
   add(spec: SequenceSpec, sink: SequenceSink): SequenceHandle;
   /** Runs until the signal aborts or a rank fails; every sequence's sink hears `fail` then. */
@@ -109,12 +112,16 @@ function adjustmentOf({ promptTokenIds, sampling }: Request): Adjustment | undef
 
 /** A first guess until steps have been measured. */
 const FIRST_TOKEN_BUDGET = 32;
+/** Masks that ranks keep, of 4 KB each with a vocabulary of 32,000. */
+const KEPT_MASKS = 512;
 
 export class RankEngine implements Engine {
   readonly #ranks: Ranks;
   readonly #tokenizer: Tokenizer;
   readonly #options: EngineOptions;
   readonly #slots: Slots;
+  readonly #grammars: GrammarCache;
+  readonly #masks: MaskTable;
   /** In the order in which they came. */
   #sequences: Sequence[] = [];
   #stepNumber = 0;
@@ -127,6 +134,8 @@ export class RankEngine implements Engine {
     this.#tokenizer = tokenizer;
     this.#options = options;
     this.#slots = new Slots(options.maxBatchSize);
+    this.#grammars = new GrammarCache(tokenizer);
+    this.#masks = new MaskTable(KEPT_MASKS + 2 * options.maxBatchSize);
     this.#tokenBudget = Math.min(FIRST_TOKEN_BUDGET, options.maxStepRows);
   }
 
@@ -149,6 +158,10 @@ export class RankEngine implements Engine {
         { param: 'prompt' },
       );
     }
+    const { grammar, isTextStart } = spec.request;
+    const walk = grammar === undefined ? null : this.#grammars.get(grammar).begin(isTextStart);
+    for (const token of spec.resumeTokenIds) walk?.take(token);
+    walk?.mask();
     const slot = this.#slots.take();
     if (slot === null) throw new CaravanError('internal', 'no slot is free');
     const text = new TextStream(this.#tokenizer, spec.request);
@@ -156,6 +169,7 @@ export class RankEngine implements Engine {
       maxSeqLen,
       isExact,
       eosTokenIds: new Set(this.#tokenizer.eosTokenIds),
+      walk,
     });
     this.#sequences.push(sequence);
     this.#wake?.();
@@ -241,6 +255,12 @@ export class RankEngine implements Engine {
     const starting = chunks.map(({ sequence }) => sequence).filter((sequence) => sequence.isNew);
     for (const sequence of starting) sequence.isNew = false;
     const sequences = [...decodes, ...chunks.map(({ sequence }) => sequence)];
+    const masked = [
+      ...decodes.filter((sequence) => sequence.isSampledAfter(1)),
+      ...chunks.flatMap(({ sequence, count }) =>
+        sequence.isSampledAfter(count) ? [sequence] : [],
+      ),
+    ];
     const isSampling = sequences.some(({ spec }) => spec.request.sampling.temperature > 0);
     return {
       number: this.#stepNumber,
@@ -268,6 +288,9 @@ export class RankEngine implements Engine {
         };
       }),
       topK: isSampling ? SAMPLED_TOP_K : 1,
+      masking: this.#masks.masking(
+        masked.flatMap(({ slot, mask }) => (mask === null ? [] : [{ slot, mask }])),
+      ),
       rawTopK: Math.max(...sequences.map(({ topLogprobCount }) => topLogprobCount)),
     };
   }
@@ -330,7 +353,15 @@ export class RankEngine implements Engine {
         (await this.#ranks.fetchRow(stepNumber, row.number, 'raw'))[token]!;
       logprobs = row.logprobs(logit, sequence.topLogprobCount);
     }
-    const reason = sequence.accept(token, logprobs);
+    let reason: FinishReason | null;
+    try {
+      reason = sequence.accept(token, logprobs);
+    } catch (thrown) {
+      // A grammar that takes too much: its sequence alone fails.
+      this.#leave(sequence);
+      sequence.sink.fail(toCaravanError(thrown));
+      return;
+    }
     if (reason !== null) this.#finish(sequence, reason);
   }
 

@@ -104,10 +104,10 @@ class GbnfParser {
       const name = this.#name();
       if (name === null) this.#refuse('a rule begins with its name');
       this.#skip(false);
-      if (!this.#take('::=')) this.#refuse(`::= must follow ${name!}`);
+      if (!this.#take('::=')) this.#refuse(`::= must follow ${name}`);
       this.#skip(true);
-      if (this.#rules.has(name!)) this.#refuse(`${name!} is there twice`);
-      this.#rules.set(name!, this.#choice(false));
+      if (this.#rules.has(name)) this.#refuse(`${name} is there twice`);
+      this.#rules.set(name, this.#choice(false));
       this.#skip(true);
     }
     if (!this.#rules.has('root')) this.#refuse('there is no rule root');

@@ -37,10 +37,14 @@ export function writeMembers(writer: JsonWriter, from: number, flats: Flats, to:
   const requiredCount = declared.filter(({ isRequired }) => isRequired).length;
   const least = Math.max(document.countOf(flats, 'minProperties') ?? 0, requiredCount);
   const most = document.countOf(flats, 'maxProperties');
-  const isCounted = least > requiredCount || (most !== null && (others !== null || most < declared.length));
+  const isCounted =
+    least > requiredCount || (most !== null && (others !== null || most < declared.length));
   const cap = isCounted ? Math.max(1, least, most === null ? 0 : most + 1) : 1;
   if (cap > MAX_COUNTED) {
-    document.refuse(flats[0]!, `minProperties, maxProperties: at most ${MAX_COUNTED - 1} are counted`);
+    document.refuse(
+      flats[0]!,
+      `minProperties, maxProperties: at most ${MAX_COUNTED - 1} are counted`,
+    );
   }
   // Names beyond the declared ones may repeat, and a repeated name is one member.
   if (others !== null && least > requiredCount + 1) {

@@ -13,7 +13,7 @@ import { ANY } from './grammar-expression.js';
 import { formatExpression, FORMATS } from './grammar-format.js';
 import { parseRegex } from './grammar-regex.js';
 import { SHORT_LENGTH, TextSet, writeClass, type Spelling } from './grammar-text.js';
-import { SchemaDocument, type Conjunction, type Flats } from './json-schema.js';
+import { jsonTypeOf, SchemaDocument, type Conjunction, type Flats } from './json-schema.js';
 
 const MAX_RULES = 5_000;
 const MAX_VALUES = 10_000;
@@ -122,10 +122,12 @@ export class JsonWriter {
       const { pattern, format } = flat;
       if (pattern !== undefined) {
         if (typeof pattern !== 'string') document.refuse(flat, 'pattern: must be a text');
-        meet(this.#within(flat, 'pattern', () => TextSet.of(parseRegex(pattern as string, 'part'))));
+        meet(
+          this.#within(flat, 'pattern', () => TextSet.of(parseRegex(pattern as string, 'part'))),
+        );
       }
       if (format !== undefined) {
-        const expression = formatExpression(String(format));
+        const expression = typeof format === 'string' ? formatExpression(format) : null;
         if (expression === null) {
           const known = FORMATS.join(', ');
           document.refuse(flat, `format ${JSON.stringify(format)}: must be one of ${known}`);
@@ -197,19 +199,23 @@ export class JsonWriter {
   #values(from: number, flats: Flats, values: readonly string[], to: number): void {
     const { document, builder } = this;
     const { types, isInteger } = document.typesOf(flats);
-    const beside = flats.find((flat) => VALUE_RULES.some((keyword) => Object.hasOwn(flat, keyword)));
+    const beside = flats.find((flat) =>
+      VALUE_RULES.some((keyword) => Object.hasOwn(flat, keyword)),
+    );
     if (beside !== undefined) {
       document.refuse(beside, 'enum or const beside other rules for its values is not supported');
     }
     const allowed = values.filter((text) => {
       const value: unknown = JSON.parse(text);
       if (typeof value === 'number' && isInteger && !Number.isInteger(value)) return false;
-      const type = value === null ? 'null' : Array.isArray(value) ? 'array' : typeof value;
-      return types.some((name) => name === type);
+      return types.includes(jsonTypeOf(value));
     });
     this.#valueCount += allowed.length;
     if (this.#valueCount > MAX_VALUES) {
-      throw new CaravanError('invalid_request', `the schema has more than ${MAX_VALUES} values in enum`);
+      throw new CaravanError(
+        'invalid_request',
+        `the schema has more than ${MAX_VALUES} values in enum`,
+      );
     }
     builder.oneOf(from, allowed, to);
   }
@@ -232,7 +238,8 @@ export class JsonWriter {
       ] as const) {
         const value = numberOf(keyword);
         const isStricter: boolean =
-          value !== null && (low === null || value > low.value || (value === low.value && isExclusive));
+          value !== null &&
+          (low === null || value > low.value || (value === low.value && isExclusive));
         if (isStricter) low = { value: value!, isExclusive };
       }
       for (const [keyword, isExclusive] of [
@@ -249,7 +256,7 @@ export class JsonWriter {
       if (step !== null && step <= 0) document.refuse(flat, 'multipleOf: must be above 0');
       if (step !== null) multipleOf.push(step);
     }
-    return { low: low as Bound | null, high: high as Bound | null, multipleOf };
+    return { low: low, high: high, multipleOf };
   }
 
   /** Names the place of a refusal. */

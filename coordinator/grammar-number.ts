@@ -188,7 +188,8 @@ class MagnitudeWriter {
   constructor(builder: NfaBuilder, to: number, maxFraction: number | null, step: Step | null) {
     this.#builder = builder;
     this.#to = to;
-    this.#maxFraction = step === null ? maxFraction : Math.min(maxFraction ?? Infinity, step.places);
+    this.#maxFraction =
+      step === null ? maxFraction : Math.min(maxFraction ?? Infinity, step.places);
     this.#step = step;
   }
 
@@ -250,7 +251,8 @@ class MagnitudeWriter {
       if (fraction === -1 && whole >= least && context.places(whole) > 0) {
         this.#builder.bytes(state, 0x2e, 0x2e, visit({ ...progress, fraction: 0 }));
       }
-      const isFull = fraction === -1 ? whole === most || isZero : fraction === context.places(whole);
+      const isFull =
+        fraction === -1 ? whole === most || isZero : fraction === context.places(whole);
       if (isFull) continue;
       const leastDigit = fraction === -1 && whole === 0 && least > 1 ? 1 : 0;
       for (let digit = leastDigit; digit <= 9; digit += 1) {
@@ -288,6 +290,6 @@ class MagnitudeWriter {
     if (this.#step === null) return true;
     const missing = this.#step.places - Math.max(0, fraction);
     const { multiple } = this.#step;
-    return (remainder * (Number(10n ** BigInt(missing) % BigInt(multiple)))) % multiple === 0;
+    return (remainder * Number(10n ** BigInt(missing) % BigInt(multiple))) % multiple === 0;
   }
 }

@@ -200,7 +200,7 @@ class RegexParser {
         if (last === undefined || more.length > 0 || last[0] !== last[1] || last[0] < single) {
           this.#refuse('a range of characters that does not rise');
         }
-        ranges.push([single, last![0]]);
+        ranges.push([single, last[0]]);
       } else {
         ranges.push(...first);
       }

@@ -3,7 +3,13 @@
  * all of them together. They are written into a grammar as UTF-8, or as JSON spells a text.
  */
 import { CaravanError } from '../proto/errors.js';
-import { ANY, complement, intersection, type Expression, type Ranges } from './grammar-expression.js';
+import {
+  ANY,
+  complement,
+  intersection,
+  type Expression,
+  type Ranges,
+} from './grammar-expression.js';
 import { MAX_STATES, type NfaBuilder, type Rule } from './grammar-nfa.js';
 
 /**
@@ -268,7 +274,8 @@ const exactly = (byte: number): ByteSet => [[byte, byte]];
 /** Sequences of bytes that spell the code points first … last. R. Cox, "Regular expression matching in the wild", 2010. */
 function utf8(first: number, last: number): ByteSet[][] {
   for (const border of [0x7f, 0x7ff, 0xffff]) {
-    if (first <= border && last > border) return [...utf8(first, border), ...utf8(border + 1, last)];
+    if (first <= border && last > border)
+      return [...utf8(first, border), ...utf8(border + 1, last)];
   }
   if (last < 0x80) return [[[[first, last]]]];
   const count = last < 0x800 ? 1 : last < 0x10000 ? 2 : 3;

@@ -101,7 +101,11 @@ export class GrammarWalk {
 
   /** Tokens that may come next; at least one, unless the answer is complete. @throws CaravanError beyond a limit. */
   mask(): TokenMask {
-    return this.#grammar.masks.of(this.#state, this.#isSpaceDue);
+    const mask = this.#grammar.masks.of(this.#state, this.#isSpaceDue);
+    if (mask.count === 0 && !this.#state.isComplete) {
+      throw new CaravanError('invalid_request', 'no token of the model can write what must follow');
+    }
+    return mask;
   }
 
   /** Nothing but the end can follow. */
@@ -127,6 +131,15 @@ export class GrammarWalk {
   }
 }
 
+function keyOf(spec: GrammarSpec): string {
+  try {
+    return JSON.stringify(spec);
+  } catch (cause) {
+    // What is too deep for JSON.stringify is too deep for any schema.
+    throw new CaravanError('invalid_request', 'is nested too deep', { cause });
+  }
+}
+
 /** Grammars that were asked for lately, compiled. */
 export class GrammarCache {
   readonly #tokenizer: Tokenizer;
@@ -141,7 +154,7 @@ export class GrammarCache {
 
   /** @throws CaravanError `invalid_request`. */
   get(spec: GrammarSpec): Grammar {
-    const key = JSON.stringify(spec);
+    const key = keyOf(spec);
     const known = this.#grammars.get(key);
     if (known !== undefined) {
       this.#grammars.delete(key);

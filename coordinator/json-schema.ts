@@ -138,7 +138,8 @@ export class SchemaDocument {
         // A % that encodes nothing is a % of the name.
       }
       key = key.replaceAll('~1', '/').replaceAll('~0', '~');
-      at = typeof at === 'object' && at !== null && Object.hasOwn(at, key) ? at[key as never] : null;
+      at =
+        typeof at === 'object' && at !== null && Object.hasOwn(at, key) ? at[key as never] : null;
     }
     if (typeof at === 'boolean' || isObject(at)) return at;
     return this.refuse(schema, `$ref ${JSON.stringify(reference)}: there is no such schema`);
@@ -169,6 +170,10 @@ export class SchemaDocument {
     if (valuesA !== null && valuesB !== null) {
       return !valuesA.some((value) => valuesB.includes(value));
     }
+    const others = valuesA === null ? this.typesOf(a).types : this.typesOf(b).types;
+    const values = valuesA ?? valuesB;
+    if (values?.every((text) => !others.includes(jsonTypeOf(JSON.parse(text)))) === true)
+      return true;
     if (shared.join() !== 'object') return false;
     const required = requiredOf(a).filter((name) => requiredOf(b).includes(name));
     return required.some((name) => {
@@ -193,9 +198,14 @@ export class SchemaDocument {
       const { type } = flat;
       if (type === undefined) continue;
       const named: readonly unknown[] = Array.isArray(type) ? type : [type];
-      const alien = named.find((name) => name !== 'integer' && !ALL_TYPES.includes(name as JsonType));
+      const alien = named.find(
+        (name) => name !== 'integer' && !ALL_TYPES.includes(name as JsonType),
+      );
       if (alien !== undefined || named.length === 0) {
-        this.refuse(flat, `type ${JSON.stringify(type)}: must be of ${ALL_TYPES.join(', ')}, integer`);
+        this.refuse(
+          flat,
+          `type ${JSON.stringify(type)}: must be of ${ALL_TYPES.join(', ')}, integer`,
+        );
       }
       if (named.includes('integer') && !named.includes('number')) isInteger = true;
       const allowed = new Set(named.map((name) => (name === 'integer' ? 'number' : name)));
@@ -259,6 +269,12 @@ export class SchemaDocument {
       }
     }
   }
+}
+
+/** The type of a JSON value. */
+export function jsonTypeOf(value: unknown): JsonType {
+  if (value === null) return 'null';
+  return Array.isArray(value) ? 'array' : (typeof value as JsonType);
 }
 
 const tooLarge = (what: string): never => {

@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto';
 import { openChatTemplate } from '../model/chat-template.js';
 import { openTokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
+import { GrammarCache } from './grammar.js';
 import type { ServedModel } from './openai.js';
 import type { ModelCard } from './request.js';
 import type { Store } from './store.js';
@@ -13,7 +14,7 @@ const CARDS_FRESH_MS = 1000;
 export class Models {
   readonly #store: Store;
   /** By digest of the files: cards come and go, a checkpoint's tokenizer stays. */
-  readonly #opened = new Map<string, Pick<ServedModel, 'tokenizer' | 'chat'>>();
+  readonly #opened = new Map<string, Omit<ServedModel, 'card'>>();
   /** A card's digest is of its configuration and weights, and does not know its template. */
   readonly #digests = new WeakMap<ModelCard, string>();
   #read: { readonly cards: Promise<ModelCard[]>; readonly atMs: number } | null = null;
@@ -63,7 +64,7 @@ export class Models {
     return this.#read.cards;
   }
 
-  #open(card: ModelCard): Pick<ServedModel, 'tokenizer' | 'chat'> {
+  #open(card: ModelCard): Omit<ServedModel, 'card'> {
     let digest = this.#digests.get(card);
     if (digest === undefined) {
       digest = createHash('sha256').update(JSON.stringify(card.tokenizerFiles)).digest('hex');
@@ -78,7 +79,11 @@ export class Models {
         ]),
       );
       const tokenizer = openTokenizer(files);
-      opened = { tokenizer, chat: openChatTemplate(files, tokenizer) };
+      opened = {
+        tokenizer,
+        chat: openChatTemplate(files, tokenizer),
+        grammars: new GrammarCache(tokenizer),
+      };
       this.#opened.set(digest, opened);
     }
     return opened;

@@ -8,6 +8,8 @@ import { z } from 'zod';
 import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
+import type { GrammarCache } from './grammar.js';
+import { grammarOf, shapeFields } from './openai-shape.js';
 import { encodePrompt } from './prompt.js';
 import type { JobTerms, ModelCard, Request, Sampling } from './request.js';
 
@@ -16,6 +18,8 @@ export interface ServedModel {
   readonly card: ModelCard;
   readonly tokenizer: Tokenizer;
   readonly chat: ChatTemplate;
+  /** Shapes of answers that were asked for, compiled. */
+  readonly grammars: GrammarCache;
 }
 
 /** What a body asks for, besides the Request itself. */
@@ -36,6 +40,7 @@ const maybe = <T extends z.ZodType>(schema: T) => schema.nullish();
 const stopText = z.string().min(1).max(MAX_STOP_CHARACTERS);
 
 const common = {
+  ...shapeFields,
   model: maybe(z.string()),
   stream: maybe(z.boolean()),
   stream_options: maybe(z.object({ include_usage: maybe(z.boolean()) })),
@@ -100,15 +105,10 @@ const unsupported: Readonly<Record<string, (value: unknown) => boolean>> = {
   top_logprobs: (value) => isOff(value) || value === 0,
   echo: isOff,
   suffix: (value) => isOff(value) || value === '',
-  response_format: (value) => isOff(value) || (value as { type?: unknown }).type === 'text',
   tools: (value) => isOff(value) || isEmpty(value),
   tool_choice: (value) => isOff(value) || value === 'none' || value === 'auto',
   functions: (value) => isOff(value) || isEmpty(value),
   function_call: (value) => isOff(value) || value === 'none' || value === 'auto',
-  guided_json: isOff,
-  guided_regex: isOff,
-  guided_choice: isOff,
-  guided_grammar: isOff,
   modalities: (value) => isOff(value) || JSON.stringify(value) === '["text"]',
   audio: isOff,
 };
@@ -181,7 +181,7 @@ function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
 
 function finish(
   body: Common,
-  { card }: ServedModel,
+  { card, grammars }: ServedModel,
   promptTokenIds: readonly number[],
   isTextStart: boolean,
   promptField: string,
@@ -199,7 +199,9 @@ function finish(
   if (body.seed != null && !Number.isSafeInteger(body.seed)) {
     refuse('seed', `${body.seed} is beyond 2^53`);
   }
-  const stop = body.stop ?? [];
+  const stop = typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []);
+  const ignoreEos = body.ignore_eos ?? false;
+  const grammar = grammarOf(body, grammars, { stop, ignoreEos });
   return {
     request: {
       version: 1,
@@ -214,9 +216,10 @@ function finish(
         seed: body.seed ?? randomInt(2 ** 47),
       },
       maxTokens: maxTokens ?? wishedTokens(card, promptTokenIds.length, room),
-      stop: typeof stop === 'string' ? [stop] : stop,
-      ignoreEos: body.ignore_eos ?? false,
+      stop,
+      ignoreEos,
       isTextStart,
+      ...(grammar === undefined ? {} : { grammar }),
     },
     terms: {
       priority: body.priority ?? DEFAULT_PRIORITY,

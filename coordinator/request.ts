@@ -3,6 +3,7 @@
  * is put into the queue. It is plain JSON, since it travels through Redis.
  */
 import type { GenerationDefaults } from '../model/generation-config.js';
+import type { GrammarSpec } from './grammar.js';
 
 export interface Sampling {
   /** 0 is greedy; otherwise logits are divided by it. 0 to 2. */
@@ -47,6 +48,8 @@ export interface Request {
   readonly ignoreEos: boolean;
   /** Drop the space that SentencePiece puts before a first word: chats and empty prompts. */
   readonly isTextStart: boolean;
+  /** The shape that every answer must have; any if left out. */
+  readonly grammar?: GrammarSpec;
   /** Further prompts of the same job, at most MAX_SEQUENCES with all their answers. */
   readonly otherPrompts?: readonly Prompt[];
   /** Answers to each prompt that are shown; 1 if left out. */

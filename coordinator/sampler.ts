@@ -58,16 +58,20 @@ export function mergeCandidates(
         bestLogit = logit;
       }
     }
-    if (!isAnyLeft) return { ids, logits, lse: lseOf(results, row), isWhole: true };
+    // What is left is masked: it is as if it were not there.
+    if (!isAnyLeft || bestLogit === -Infinity)
+      return { ids, logits, lse: lseOf(results, row), isWhole: true };
     ids.push(bestId);
     logits.push(bestLogit);
     heads[best]! += 1;
   }
 }
 
-/** Candidates of a whole row of logits, (vocabulary). @param lse as in Candidates. */
+/** Candidates of a whole row of logits, (vocabulary), but for masked ones. @param lse as in Candidates. */
 export function wholeRowCandidates(row: Float32Array, lse: number): Candidates {
-  const ids = Array.from(row, (_, id) => id).sort((a, b) => row[b]! - row[a]! || a - b);
+  const ids = Array.from(row, (_, id) => id)
+    .filter((id) => row[id]! > -Infinity)
+    .sort((a, b) => row[b]! - row[a]! || a - b);
   return { ids, logits: ids.map((id) => row[id]!), lse, isWhole: true };
 }
 

@@ -9,6 +9,8 @@
  */
 import type { FinishReason, TokenLogprobs } from './request.js';
 import type { SequenceSink, SequenceSpec } from './engine.js';
+import type { GrammarWalk } from './grammar.js';
+import type { TokenMask } from './token-masks.js';
 import type { Schedulable } from './scheduler.js';
 import type { TextStream } from './text-stream.js';
 
@@ -16,6 +18,8 @@ export interface SequenceLimits {
   readonly maxSeqLen: number;
   readonly eosTokenIds: ReadonlySet<number>;
   readonly isExact: boolean;
+  /** The shape of the answer, after the tokens of earlier takes; null for any. */
+  readonly walk: GrammarWalk | null;
 }
 
 export class Sequence implements Schedulable {
@@ -99,11 +103,25 @@ export class Sequence implements Schedulable {
     return last === undefined ? null : this.#endingAfter(last);
   }
 
-  /** Takes the next token and tells the sink. @returns why the sequence is over, or null. */
+  /** Tokens that may be generated next; null for all. */
+  get mask(): TokenMask | null {
+    return this.#limits.walk?.mask() ?? null;
+  }
+
+  /**
+   * Takes the next token and tells the sink.
+   *
+   * @returns why the sequence is over, or null.
+   * @throws CaravanError `invalid_request` when what may follow takes too much to tell.
+   */
   accept(token: number, logprobs?: TokenLogprobs): FinishReason | null {
     this.#tokens.push(token);
     this.sink.token(token, this.#text.push(token), logprobs);
-    return this.#endingAfter(token);
+    this.#limits.walk?.take(token);
+    const ending = this.#endingAfter(token);
+    // Told now, where it can fail, and kept for the step.
+    if (ending === null) this.#limits.walk?.mask();
+    return ending;
   }
 
   /** Text that was held back. */
@@ -114,6 +132,7 @@ export class Sequence implements Schedulable {
   #endingAfter(token: number): FinishReason | null {
     const { request } = this.spec;
     if (this.#text.isStopped) return 'stop';
+    if (this.#limits.walk?.isComplete === true) return 'stop';
     if (!request.ignoreEos && this.#limits.eosTokenIds.has(token)) return 'stop';
     if (this.position >= request.maxTokens) return 'length';
     return this.#tokens.length >= this.#limits.maxSeqLen ? 'length' : null;

@@ -11,14 +11,14 @@ import type { TokenTrie } from './token-trie.js';
 
 /** Bit `id % 8` of byte `id / 8` is set for each token that may come. */
 export interface TokenMask {
-  readonly bits: Uint8Array;
+  readonly bits: Buffer;
   /** How many may come. */
   readonly count: number;
 }
 
 /** What is known of all states with one local state. */
 interface LocalMask {
-  readonly bits: Uint8Array;
+  readonly bits: Buffer;
   readonly count: number;
   /** Tokens that return through the hole. */
   readonly unsettled: readonly number[];
@@ -68,13 +68,13 @@ export class TokenMasks {
   #mask(state: MachineState): TokenMask {
     const local = this.#machine.localOf(state);
     const shared = local && this.#localMask(local);
-    let bits: Uint8Array;
+    let bits: Buffer;
     let count: number;
     if (shared === null || shared.unsettled.length > MAX_UNSETTLED) {
       bits = this.#empty();
       count = this.#walk(state, 0, this.#trie.nodeCount, bits, null);
     } else {
-      bits = shared.bits.slice();
+      bits = Buffer.from(shared.bits);
       count = shared.count;
       for (const token of shared.unsettled) {
         if (this.#machine.run(state, this.#trie.bytesOf(token)) === null) continue;
@@ -116,11 +116,11 @@ export class TokenMasks {
     return { bits, count: count + this.#addEnd(state, bits) };
   }
 
-  #empty(): Uint8Array {
-    return new Uint8Array((this.#trie.vocabSize + 7) >> 3);
+  #empty(): Buffer {
+    return Buffer.alloc((this.#trie.vocabSize + 7) >> 3);
   }
 
-  #addEnd(state: MachineState, bits: Uint8Array): number {
+  #addEnd(state: MachineState, bits: Buffer): number {
     if (!state.isAccepting) return 0;
     for (const eos of this.#trie.eosTokenIds) bits[eos >> 3]! |= 1 << (eos & 7);
     return this.#trie.eosTokenIds.length;

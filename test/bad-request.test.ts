@@ -27,6 +27,17 @@ const refusalOf = async (response: Response): Promise<Refusal['error']> =>
 
 type Case = readonly [fields: object, param: string | null, message: RegExp];
 
+const schemaFormat = (schema: unknown) => ({
+  type: 'json_schema',
+  json_schema: { name: 'answer', schema },
+});
+
+const nested = (levels: number): unknown => {
+  let schema: unknown = true;
+  for (let i = 0; i < levels; i += 1) schema = { items: schema };
+  return schema;
+};
+
 const chats: readonly Case[] = [
   [{}, 'messages', /^messages: /],
   [{ messages: [] }, 'messages', /^messages: /],
@@ -61,7 +72,44 @@ const chats: readonly Case[] = [
   [{ messages: user, logprobs: true }, 'logprobs', /not supported/],
   [{ messages: user, tools: [{ type: 'function' }] }, 'tools', /not supported/],
   [{ messages: user, functions: [{ name: 'f' }] }, 'functions', /not supported/],
-  [{ messages: user, response_format: { type: 'json_object' } }, 'response_format', /json_object/],
+  [
+    { messages: user, response_format: { type: 'xml' } },
+    'response_format.type',
+    /must be an object whose/,
+  ],
+  [{ messages: user, response_format: schemaFormat({ not: {} }) }, 'response_format', /not is not/],
+  [{ messages: user, response_format: schemaFormat({ $ref: '#' }) }, 'response_format', /progress/],
+  [{ messages: user, response_format: schemaFormat(nested(300)) }, 'response_format', /128 levels/],
+  [
+    { messages: user, response_format: schemaFormat(nested(2_000)) },
+    'response_format',
+    /128 levels/,
+  ],
+  [{ messages: user, guided_regex: 'a{1,100000}' }, 'guided_regex', /100000 times; at most 10000/],
+  [{ messages: user, guided_regex: '(?=a)b' }, 'guided_regex', /look-ahead/],
+  [{ messages: user, guided_regex: '(a?){3000}a{3000}' }, 'guided_regex', /ambiguous/],
+  [{ messages: user, guided_choice: [] }, 'guided_choice', /./],
+  [
+    { messages: user, guided_grammar: 'root ::= root "a"' },
+    'guided_grammar',
+    /begins with itself|no text/,
+  ],
+  [
+    { messages: user, guided_grammar: 'root ::= a' },
+    'guided_grammar',
+    /line 1: there is no rule a/,
+  ],
+  [
+    { messages: user, guided_choice: ['a'], guided_regex: 'a' },
+    'guided_choice',
+    /cannot stand beside/,
+  ],
+  [
+    { messages: user, guided_choice: ['a'], stop: 'b' },
+    'stop',
+    /cannot stand beside guided_choice/,
+  ],
+  [{ messages: user, guided_choice: ['a'], ignore_eos: true }, 'ignore_eos', /cannot stand beside/],
   [{ messages: user, min_p: 1.5 }, 'min_p', /<=1/],
   [{ messages: user, logit_bias: { 5: 101 } }, 'logit_bias.5', /<=100/],
   [{ messages: user, logit_bias: { llama: 1 } }, 'logit_bias.llama', /./],

@@ -106,6 +106,11 @@ void test('pure rooms do no I/O', () => {
     'coordinator/slots',
     'coordinator/sampler',
     'coordinator/coin',
+    'coordinator/grammar',
+    'coordinator/grammar-json',
+    'coordinator/grammar-machine',
+    'coordinator/json-schema',
+    'coordinator/token-masks',
   ];
   for (const name of [
     ...pure,

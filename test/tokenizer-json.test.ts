@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import fs from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
+import { GrammarCache } from '../coordinator/grammar.js';
 import type { ServedModel } from '../coordinator/openai.js';
 import { parseChat, parseCompletion } from '../coordinator/openai.js';
 import { encodePrompt } from '../coordinator/prompt.js';
@@ -168,7 +169,8 @@ function served(generation: unknown): ServedModel {
     defaults: defaultsOf(generation),
     isExact: false,
   };
-  return { card, tokenizer, chat: openChatTemplate(files, tokenizer) };
+  const grammars = new GrammarCache(tokenizer);
+  return { card, tokenizer, chat: openChatTemplate(files, tokenizer), grammars };
 }
 
 void test("what a request leaves out is the model's wish, and else OpenAI's default", () => {

@@ -1,9 +1,10 @@
 /**
- * The adjustments of every slot: penalties for tokens that were there before, and biases, over this rank's slice of
+ * The adjustments of every slot: penalties for tokens that were there before, biases, and masks, over this rank's slice of
  * the vocabulary. The rank counts the tokens that it is fed, so that a sequence which another engine took over
  * has the counts that it had.
  */
-import type { Join } from '../proto/gen/cluster.js';
+import { CaravanError } from '../proto/errors.js';
+import type { Join, Masking } from '../proto/gen/cluster.js';
 
 /** What a rank knows of an adjusted slot. */
 interface SlotAdjustment {
@@ -19,10 +20,16 @@ interface SlotAdjustment {
   length: number;
 }
 
+const MAX_MASK_NUMBER = 0xffff;
+
 export class AdjustedLogits {
   readonly #sliceStart: number;
   readonly #sliceCount: number;
   readonly #slots = new Map<number, SlotAdjustment>();
+  /** By number: bits over the whole vocabulary. */
+  readonly #masks = new Map<number, Uint8Array>();
+  /** By slot, of the last step. */
+  readonly #masked = new Map<number, Uint8Array>();
   /** (slice) */
   readonly #row: Float32Array<ArrayBuffer>;
 
@@ -45,6 +52,33 @@ export class AdjustedLogits {
     this.#slots.set(slot, { ...adjustment, biases, counts: new Map(), length: 0 });
   }
 
+  /**
+   * A step begins: only the slots that it names are masked.
+   *
+   * @throws CaravanError `invalid_request` for a mask that was never sent, or a number that is too large.
+   */
+  mask(masking: Masking | undefined): void {
+    this.#masked.clear();
+    if (masking === undefined) return;
+    for (const { number, allowed } of masking.newMasks) {
+      if (number > MAX_MASK_NUMBER) {
+        throw new CaravanError('invalid_request', `mask ${number}: at most ${MAX_MASK_NUMBER}`);
+      }
+      this.#masks.set(number, allowed);
+    }
+    masking.slots.forEach((slot, i) => {
+      const number = masking.maskNumbers[i];
+      const mask = number === undefined ? undefined : this.#masks.get(number);
+      if (mask === undefined) {
+        throw new CaravanError(
+          'invalid_request',
+          `slot ${slot}: mask ${number ?? '-'} is not known`,
+        );
+      }
+      this.#masked.set(slot, mask);
+    });
+  }
+
   /** The slot has been fed one more token. */
   feed(slot: number, token: number): void {
     const known = this.#slots.get(slot);
@@ -65,17 +99,28 @@ export class AdjustedLogits {
    */
   of(slot: number, raw: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> {
     const known = this.#slots.get(slot);
-    if (known === undefined) return raw;
+    const mask = this.#masked.get(slot);
+    if (known === undefined && mask === undefined) return raw;
     const row = this.#row;
     row.set(raw);
-    const { repetitionPenalty, presencePenalty, frequencyPenalty, counts, biases } = known;
-    for (const [place, count] of counts) {
-      const logit = raw[place]!;
-      const repeated = logit > 0 ? logit / repetitionPenalty : logit * repetitionPenalty;
-      const penalty = count > 0 ? presencePenalty + count * frequencyPenalty : 0;
-      row[place] = repeated - penalty + (biases.get(place) ?? 0);
+    if (known !== undefined) adjust(row, raw, known);
+    if (mask !== undefined) {
+      for (let place = 0, id = this.#sliceStart; place < row.length; place += 1, id += 1) {
+        if ((mask[id >> 3]! & (1 << (id & 7))) === 0) row[place] = -Infinity;
+      }
     }
-    for (const [place, bias] of biases) if (!counts.has(place)) row[place] = raw[place]! + bias;
     return row;
   }
+}
+
+/** Writes the adjusted logits of all places that an adjustment changes. `row` and `raw`: (slice). */
+function adjust(row: Float32Array, raw: Float32Array, adjustment: SlotAdjustment): void {
+  const { repetitionPenalty, presencePenalty, frequencyPenalty, counts, biases } = adjustment;
+  for (const [place, count] of counts) {
+    const logit = raw[place]!;
+    const repeated = logit > 0 ? logit / repetitionPenalty : logit * repetitionPenalty;
+    const penalty = count > 0 ? presencePenalty + count * frequencyPenalty : 0;
+    row[place] = repeated - penalty + (biases.get(place) ?? 0);
+  }
+  for (const [place, bias] of biases) if (!counts.has(place)) row[place] = raw[place]! + bias;
 }

@@ -60,6 +60,7 @@ export class Forward {
       headSize: this.#pass.config.headSize,
       lengths: slots.lengths,
     });
+    this.#adjusted.mask(step.masking);
     this.#lastStep = step.number;
     this.#lastSampledSlots = layout.sampledSlots;
     const waitMs = await this.#pass.compute(layout);

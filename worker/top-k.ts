@@ -76,7 +76,7 @@ export function largestOf(logits: Float32Array): number {
   return max;
 }
 
-/** log Σ exp(logit / temperature) over a slice, in float64. `max` is the slice's largest logit. */
+/** log Σ exp(logit / temperature) over a slice, in float64. `max` is the slice's largest logit; -∞ where all are masked. */
 export function logSumExp(
   logits: Float32Array,
   start: number,
@@ -84,6 +84,7 @@ export function logSumExp(
   max: number,
   temperature: number,
 ): number {
+  if (max === -Infinity) return max;
   let sum = 0;
   for (let i = start; i < start + count; i += 1) {
     sum += Math.exp((logits[i]! - max) / temperature);

@@ -177,7 +177,32 @@ export interface Step {
   /** How many of the largest logits to report per sampled row. */
   topK: number;
   /** How many of the largest raw logits to report per sampled row of the slots that report them. */
-  rawTopK?: number | undefined;
+  rawTopK?:
+    | number
+    | undefined;
+  /** Which tokens may follow in this step's sampled rows; left out where all may. */
+  masking?: Masking | undefined;
+}
+
+/**
+ * Masks of a step's rows. A rank keeps each mask under its number until the number is given to another one, or the
+ * group ends.
+ */
+export interface Masking {
+  newMasks: Mask[];
+  /** Slots whose sampled rows are masked in this step, each at most once, and the number of each one's mask. */
+  slots: number[];
+  maskNumbers: number[];
+}
+
+export interface Mask {
+  /** Below 65,536. */
+  number: number;
+  /**
+   * Over the whole vocabulary: bit id % 8 of byte id / 8 is 1 where the token may follow. Tokens beyond its end may not.
+   * The logits of the others become -∞, after every adjustment.
+   */
+  allowed: Buffer;
 }
 
 export interface Join {
@@ -934,7 +959,16 @@ export const Loaded: MessageFns<Loaded> = {
 };
 
 function createBaseStep(): Step {
-  return { number: 0, joins: [], decodeSlots: [], decodeTokens: [], chunks: [], topK: 0, rawTopK: undefined };
+  return {
+    number: 0,
+    joins: [],
+    decodeSlots: [],
+    decodeTokens: [],
+    chunks: [],
+    topK: 0,
+    rawTopK: undefined,
+    masking: undefined,
+  };
 }
 
 export const Step: MessageFns<Step> = {
@@ -967,6 +1001,9 @@ export const Step: MessageFns<Step> = {
     }
     if (message.rawTopK !== undefined) {
       writer.uint32(56).uint32(message.rawTopK);
+    }
+    if (message.masking !== undefined) {
+      Masking.encode(message.masking, writer.uint32(66).fork()).join();
     }
     return writer;
   },
@@ -1058,6 +1095,167 @@ export const Step: MessageFns<Step> = {
             }
 
             message.rawTopK = reader.uint32();
+            continue;
+          }
+          case 8: {
+            if (tag !== 66) {
+              break;
+            }
+
+            message.masking = Masking.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseMasking(): Masking {
+  return { newMasks: [], slots: [], maskNumbers: [] };
+}
+
+export const Masking: MessageFns<Masking> = {
+  encode(message: Masking, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    for (const v of message.newMasks) {
+      Mask.encode(v!, writer.uint32(10).fork()).join();
+    }
+    if (message.slots.length !== 0) {
+      writer.uint32(18).fork();
+      for (const v of message.slots) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    if (message.maskNumbers.length !== 0) {
+      writer.uint32(26).fork();
+      for (const v of message.maskNumbers) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Masking {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseMasking();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.newMasks.push(Mask.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 2: {
+            if (tag === 16) {
+              message.slots.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 18) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.slots.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 3: {
+            if (tag === 24) {
+              message.maskNumbers.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 26) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.maskNumbers.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseMask(): Mask {
+  return { number: 0, allowed: Buffer.alloc(0) };
+}
+
+export const Mask: MessageFns<Mask> = {
+  encode(message: Mask, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.number !== 0) {
+      writer.uint32(8).uint32(message.number);
+    }
+    if (message.allowed.length !== 0) {
+      writer.uint32(18).bytes(message.allowed);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Mask {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseMask();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.number = reader.uint32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.allowed = Buffer.from(reader.bytes());
             continue;
           }
         }
