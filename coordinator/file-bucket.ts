@@ -50,6 +50,8 @@ export function openBucket(place: string): FileBucket {
   }
   const region = query.get('region') ?? process.env['AWS_REGION'] ?? DEFAULT_REGION;
   const isOther = endpoint !== null || process.env['AWS_ENDPOINT_URL'] !== undefined;
+  // It would tell every user of Node 20 of releases that we do not take: ours is pinned.
+  process.env['AWS_SDK_JS_NODE_VERSION_SUPPORT_WARNING_DISABLED'] ??= 'true';
   const client = new S3Client({
     region,
     maxAttempts: MAX_ATTEMPTS,

@@ -1,14 +1,21 @@
-/** `caravan batch` as a user runs it, against a gateway and a real engine. */
+/** `caravan batch` as a user runs it, against a gateway that keeps its files in a bucket, and a real engine. */
 import assert from 'node:assert/strict';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
+import { openStorage } from '../coordinator/file-place.js';
 import type { BatchView } from '../coordinator/gateway-client.js';
 import { startBatchWorld } from './batch-world.js';
 import { runCli, runCliJson } from './cli.js';
+import { s3Credentials, startS3 } from './s3-server.js';
 
-const world = await startBatchWorld();
+const s3 = await startS3();
+after(() => s3.stop());
+Object.assign(process.env, s3Credentials);
+const world = await startBatchWorld(
+  await openStorage(`s3://nights?endpoint=${encodeURIComponent(s3.endpoint)}`),
+);
 after(() => world.stop());
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-batch-commands-'));
 after(() => {
@@ -62,6 +69,8 @@ void test('a file is submitted, its batch waited for, and its results fetched', 
   assert.match(status.stdout, new RegExp(`^${id}  completed  3 of 3 done, 1 failed  created 20`));
   const view = (await runCliJson(['batch', 'status', id, '--watch', ...url])) as BatchView;
   assert.deepEqual(view.request_counts, { total: 3, completed: 2, failed: 1 });
+  const stored = s3.objects.get(`nights/files/${view.output_file_id!}`);
+  assert.equal(stored?.toString(), results.stdout);
   const listed = (await runCliJson(['batch', 'list', '--limit', '1', ...url])) as BatchView[];
   assert.equal(listed[0]!.id, id);
 });

@@ -1,6 +1,7 @@
 /** What tests of batches need: a gateway and an engine over one Redis, the official client, and OpenAI's description. */
 import assert from 'node:assert/strict';
 import OpenAI from 'openai';
+import type { FileStorage } from '../coordinator/file-storage.js';
 import { startGateway } from './gateway.js';
 import { checkOpenaiBody } from './openai-description.js';
 import { startEngine } from './real-engine.js';
@@ -41,8 +42,9 @@ export interface BatchWorld {
   stop(): Promise<void>;
 }
 
-export async function startBatchWorld(): Promise<BatchWorld> {
-  const gateway = await startGateway();
+/** @param storage of files; a folder of its own unless told otherwise. */
+export async function startBatchWorld(storage?: FileStorage): Promise<BatchWorld> {
+  const gateway = await startGateway(storage);
   const engine = await startEngine(gateway.redis.url, { tp: 1, maxBatchSize: 8 });
   const client = new OpenAI({ baseURL: `${gateway.url}/v1`, apiKey: 'none', maxRetries: 0 });
   return {

@@ -7,6 +7,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { pino } from 'pino';
 import { FileFolder } from '../coordinator/file-folder.js';
+import type { FileStorage } from '../coordinator/file-storage.js';
 import { runGateway } from '../coordinator/gateway.js';
 import { Journal, type Take } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
@@ -37,7 +38,8 @@ export interface TestGateway {
   stop(): Promise<void>;
 }
 
-export async function startGateway(): Promise<TestGateway> {
+/** @param storage of files; a folder of its own unless told otherwise. */
+export async function startGateway(storage?: FileStorage): Promise<TestGateway> {
   const redis = await startRedis();
   const store = await Store.open(redis.url, 'patient');
   const journal = await Journal.open(redis.url, 'patient');
@@ -68,7 +70,7 @@ export async function startGateway(): Promise<TestGateway> {
   const url = await new Promise<string>((resolve, reject) => {
     const options = {
       ...{ redisUrl: redis.url, host: '127.0.0.1', port: 0, onReady: resolve },
-      storage: new FileFolder(folder),
+      storage: storage ?? new FileFolder(folder),
       fileLimits: { fileBytes: 1_000_000, storedBytes: 10_000_000 },
       batchLimits: { lines: 1000, open: 10, linesInFlight: 16 },
     };

@@ -8,7 +8,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import OpenAI from 'openai';
+import OpenAI, { toFile } from 'openai';
 import { JobQueue } from '../coordinator/queue.js';
 import { batchWhen, endedBatch, linesOf, type ErrorLine, type OutputLine } from './batch-world.js';
 import { startGatewayProcess, type GatewayProcess } from './gateway-process.js';
@@ -151,6 +151,45 @@ void test('a batch outlives the gateways that run it', { timeout: TIMEOUT_MS }, 
     assert.ok(peak < MOST_RESIDENT_BYTES, `${mb(peak)} MB`);
   } finally {
     clearInterval(sampling);
+    await gateway.kill('SIGTERM');
+  }
+});
+
+void test('a batch outlives its engine and Redis', { timeout: TIMEOUT_MS }, async () => {
+  const COUNT = 200;
+  const gateway = await startGatewayProcess(
+    redis.url,
+    ['--files', path.join(scratch, 'files')],
+    HEAP_MEGABYTES,
+  );
+  try {
+    const lines = Array.from({ length: COUNT }, (_, i) =>
+      JSON.stringify({
+        ...{ custom_id: `r${i}`, method: 'POST', url: '/v1/completions' },
+        body: { model: engine.model, prompt: [300], max_tokens: 120, ignore_eos: true, seed: i },
+      }),
+    );
+    const client = clientOf(gateway);
+    const file = await toFile(Buffer.from(lines.join('\n')), 'requests.jsonl');
+    const { id: fileId } = await client.files.create({ file, purpose: 'batch' });
+    const { id } = await client.batches.create({
+      ...{ input_file_id: fileId, endpoint: '/v1/completions', completion_window: '24h' },
+    });
+    await batchWhen(client, id, ({ request_counts }) => request_counts!.completed > 0, TIMEOUT_MS);
+    await engine.kill();
+    await redis.kill();
+    await redis.restart();
+    await engine.restart();
+    const patient = new OpenAI({ baseURL: `${gateway.url}/v1`, apiKey: 'none', maxRetries: 10 });
+    const killedAt = await patient.batches.retrieve(id);
+    assert.equal(killedAt.status, 'in_progress', 'killed in the middle');
+    const batch = await endedBatch(patient, id, TIMEOUT_MS);
+    assert.deepEqual(batch.request_counts, { total: COUNT, completed: COUNT, failed: 0 });
+    const output = await linesOf<OutputLine>(patient, batch.output_file_id!);
+    assert.equal(output.length, COUNT);
+    assert.equal(new Set(output.map(({ custom_id }) => custom_id)).size, COUNT);
+    for (const { response } of output) assert.equal(response.body.usage!.completion_tokens, 120);
+  } finally {
     await gateway.kill('SIGTERM');
   }
 });
