@@ -155,7 +155,9 @@ void test('a batch outlives the gateways that run it', { timeout: TIMEOUT_MS }, 
   }
 });
 
-void test('a batch outlives its engine and Redis', { timeout: TIMEOUT_MS }, async () => {
+const inLongForm = { timeout: TIMEOUT_MS, skip: isLong ? false : 'in the long form' };
+
+void test('a batch outlives its engine and Redis', inLongForm, async () => {
   const COUNT = 200;
   const gateway = await startGatewayProcess(
     redis.url,
