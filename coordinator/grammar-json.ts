@@ -47,10 +47,15 @@ export class JsonWriter {
     builder.epsilon(start.start, at);
     builder.bytes(start.start, 0x20, 0x20, at);
     this.value(at, conjunction, start.end);
+    return this.close(start);
+  }
+
+  /** Writes the rules that were called, and ends. */
+  close(start: Rule): Nfa {
     for (let next = this.#waiting.pop(); next !== undefined; next = this.#waiting.pop()) {
       this.#writeRule(next.rule, next.conjunction);
     }
-    return builder.finish(start);
+    return this.builder.finish(start);
   }
 
   /** A value that satisfies all schemas: a call of their rule. */

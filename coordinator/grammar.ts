@@ -5,19 +5,34 @@
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import { compileGbnf, writeExpression } from './grammar-gbnf.js';
+import { compileCalls } from './grammar-calls.js';
 import { compileJsonSchema } from './grammar-json.js';
 import { Machine, type MachineState } from './grammar-machine.js';
 import { NfaBuilder, type Nfa } from './grammar-nfa.js';
 import { parseRegex } from './grammar-regex.js';
 import { TokenMasks, type TokenMask } from './token-masks.js';
 import { TokenTrie } from './token-trie.js';
+import type { CallStyle } from './tool-calls.js';
 
 /** As it travels in a request. */
 export type GrammarSpec =
   | { readonly kind: 'schema'; readonly schema: unknown }
   | { readonly kind: 'regex'; readonly pattern: string }
   | { readonly kind: 'choice'; readonly choices: readonly string[] }
-  | { readonly kind: 'gbnf'; readonly source: string };
+  | { readonly kind: 'gbnf'; readonly source: string }
+  | CallsSpec;
+
+/** Calls of tools, or a text beside them. */
+export interface CallsSpec {
+  readonly kind: 'calls';
+  readonly style: CallStyle;
+  /** Of one call. */
+  readonly schema: unknown;
+  /** At most so many. */
+  readonly calls: number;
+  /** Whether any text that does not begin like a call will do, too. */
+  readonly orText: boolean;
+}
 
 /** @throws CaravanError `invalid_request` that says what cannot be followed, or which limit is passed. */
 export function compileGrammar(spec: GrammarSpec): Machine {
@@ -30,6 +45,8 @@ function nfaOf(spec: GrammarSpec): Nfa {
   switch (spec.kind) {
     case 'schema':
       return compileJsonSchema(spec.schema);
+    case 'calls':
+      return compileCalls(spec);
     case 'gbnf':
       return compileGbnf(spec.source);
     case 'choice': {
