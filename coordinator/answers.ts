@@ -3,12 +3,26 @@
  */
 import { CaravanError, isErrorCode } from '../proto/errors.js';
 import type { GatewayMetrics } from './metrics.js';
-import { sequenceCount } from './job-sequences.js';
-import { newJobId, type Journal, type JournalEntry } from './journal.js';
+import { Choice } from './choice.js';
+import {
+  needsPromptLogprobs,
+  promptCount,
+  sequenceCount,
+  sequenceRequest,
+  sequencesPerPrompt,
+} from './job-sequences.js';
+import { newJobId, type Journal } from './journal.js';
+import type { JournalEntry, StreamEntry } from './journal-entry.js';
 import { JobQueue } from './queue.js';
 import type { Asked } from './openai.js';
-import { answerBody, type AnswerHead } from './openai-answer.js';
-import type { Ending } from './request.js';
+import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
+import type { Ending, Request, Usage } from './request.js';
+
+/** What happens to an answer. */
+export type AnswerEvent =
+  | (Exclude<StreamEntry, { kind: 'end' }> & { readonly index: number })
+  /** Every sequence has finished. */
+  | { readonly kind: 'completed'; readonly usage: Usage };
 
 export class Answers {
   readonly #redisUrl: string;
@@ -56,22 +70,28 @@ export class Answers {
   }
 
   /**
-   * Follows a job's journal and measures it.
+   * Follows a job's journal and measures it, to its completion: the last event.
    *
+   * @param offsets tokens of each sequence that the reader has.
    * @param startMs of performance.now() at the request; null where nobody waits for the first token.
+   * @throws CaravanError for a job that did not complete, or the signal's reason.
    */
   async *follow(
-    id: string,
-    model: string,
-    offset: number,
+    { jobId, request }: Pick<AnswerHead, 'jobId' | 'request'>,
+    offsets: readonly number[],
     startMs: number | null,
     signal: AbortSignal,
-  ): AsyncGenerator<JournalEntry> {
+  ): AsyncGenerator<AnswerEvent> {
+    const { model } = request;
     let lastMs = startMs ?? 0;
-    let isFirst = offset === 0;
+    let isFirst = offsets.every((offset) => offset === 0);
     this.#metrics.answersInFlight.inc();
     try {
-      for await (const entry of this.#journal.read(id, 0, offset, signal)) {
+      for await (const { index, entry } of this.#journal.readAll(jobId, offsets, signal)) {
+        if (entry.kind === 'end') {
+          yield* eventsOfEnd(entry, offsets.length);
+          return;
+        }
         if (entry.kind === 'tokens') {
           const count = entry.tokenIds.length;
           const nowMs = performance.now();
@@ -86,11 +106,16 @@ export class Answers {
           isFirst = false;
           lastMs = nowMs;
         }
-        yield entry;
+        yield { ...entry, index };
       }
     } finally {
       this.#metrics.answersInFlight.dec();
     }
+  }
+
+  /** The logprobs of a sequence's prompt, from its second token on; complete once it has a token or has finished. */
+  promptLogprobs({ jobId, request }: Pick<AnswerHead, 'jobId' | 'request'>, index: number) {
+    return needsPromptLogprobs(request) ? this.#journal.promptLogprobs(jobId, index) : [];
   }
 
   /**
@@ -100,15 +125,33 @@ export class Answers {
    * @throws CaravanError for a job that did not complete, or the signal's reason.
    */
   async whole(head: AnswerHead, startMs: number | null, signal: AbortSignal) {
-    let text = '';
-    for await (const entry of this.follow(head.jobId, head.model, 0, startMs, signal)) {
-      if (entry.kind === 'tokens') {
-        text += entry.texts.join('');
-        continue;
+    const { choices, usage } = await this.wholeChoices(head, startMs, signal);
+    return answerBody(head, choices, usage);
+  }
+
+  /** As `whole`, before it takes a shape: the choices that are shown. */
+  async wholeChoices(
+    head: Omit<AnswerHead, 'kind'>,
+    startMs: number | null,
+    signal: AbortSignal,
+  ): Promise<{ readonly choices: readonly ShownChoice[]; readonly usage: Usage }> {
+    const { request, tokenizer } = head;
+    const count = sequenceCount(request);
+    const choices = Array.from(
+      { length: count },
+      (_, index) => new Choice(sequenceRequest(request, index), tokenizer),
+    );
+    const spoken = new Set<number>();
+    for await (const event of this.follow(head, Array<number>(count).fill(0), startMs, signal)) {
+      if (event.kind === 'completed')
+        return { choices: shownOf(choices, request), usage: event.usage };
+      const choice = choices[event.index]!;
+      if (request.echo === true && !spoken.has(event.index)) {
+        spoken.add(event.index);
+        choice.prompt(await this.promptLogprobs(head, event.index));
       }
-      if (entry.ending.status !== 'completed') throw endingError(entry.ending);
-      const { finishReason, usage } = entry.ending;
-      return answerBody(head, text + entry.text, finishReason, usage);
+      if (event.kind === 'tokens') choice.push(event);
+      else choice.finish(event.finishReason, event.text);
     }
     throw new CaravanError('internal', `the journal of ${head.jobId} ended without an ending`);
   }
@@ -122,6 +165,32 @@ export class Answers {
   async close(): Promise<void> {
     await Promise.all([...this.#queues.values()].map((queue) => queue.close()));
   }
+}
+
+/** The ending of a job, and, of a job of one, how its sequence finished. @throws CaravanError. */
+function* eventsOfEnd(
+  entry: Extract<JournalEntry, { kind: 'end' }>,
+  count: number,
+): Generator<AnswerEvent> {
+  const { ending, endOffset, text } = entry;
+  if (ending.status !== 'completed') throw endingError(ending);
+  const { finishReason, usage } = ending;
+  if (count === 1) yield { kind: 'finish', index: 0, endOffset, finishReason, text };
+  yield { kind: 'completed', usage };
+}
+
+/** The choices that are shown: of every prompt the `n` with the best mean logprob. */
+function shownOf(choices: readonly Choice[], request: Request): ShownChoice[] {
+  const perPrompt = sequencesPerPrompt(request);
+  const n = request.n ?? 1;
+  const shown = Array.from({ length: promptCount(request) }, (_, prompt) => {
+    const own = choices.slice(prompt * perPrompt, (prompt + 1) * perPrompt);
+    if (perPrompt > n) own.sort((a, b) => b.meanLogprob - a.meanLogprob);
+    return own.slice(0, n);
+  }).flat();
+  return shown.map(({ text, tokens, finishReason }, index) => ({
+    ...{ index, text, tokens, finishReason },
+  }));
 }
 
 /** What a client is told of a job that did not complete. */

@@ -8,7 +8,7 @@ import type { LineResult } from './batch-results.js';
 import type { Journal } from './journal.js';
 import type { Models } from './models.js';
 import { sequenceCount } from './job-sequences.js';
-import { modelNameOf, type Asked } from './openai.js';
+import { modelNameOf, type Asked, type ServedModel } from './openai.js';
 import type { AnswerHead } from './openai-answer.js';
 import { outputLine, refusedLine, unansweredLine } from './openai-batch.js';
 import { endpoints } from './openai-endpoints.js';
@@ -75,13 +75,13 @@ export class LineRun {
       const { endpoint } = this.#order;
       const parsed = parseLine(raw, endpoint);
       customId = parsed.customId;
-      const asked = await this.#patiently(() => this.#ask(parsed.body));
+      const { tokenizer, ...asked } = await this.#patiently(() => this.#ask(parsed.body));
       this.#model = asked.request.model;
       sequences = sequenceCount(asked.request);
       const job = isResumed ? await this.#patiently(() => this.#needs.journal.job(jobId)) : null;
       const createdS = Math.floor((job?.createdMs ?? Date.now()) / 1000);
       const { kind } = endpoints[endpoint]!;
-      const head: AnswerHead = { kind, jobId, model: this.#model, createdS };
+      const head: AnswerHead = { kind, jobId, createdS, tokenizer, request: asked.request };
       // An earlier holder's job, of a batch that is over, is only withdrawn.
       if (this.#closing !== null && job !== null) await this.close(this.#closing);
       let isQueued = job !== null && (job.ending !== null || this.#closing !== null);
@@ -111,7 +111,7 @@ export class LineRun {
   }
 
   /** @throws CaravanError as the endpoint does over HTTP. */
-  async #ask(body: unknown): Promise<Asked> {
+  async #ask(body: unknown): Promise<Asked & Pick<ServedModel, 'tokenizer'>> {
     const model = await this.#needs.models.find(modelNameOf(body));
     const asked = endpoints[this.#order.endpoint]!.parse(body, model);
     if (asked.isStream) {
@@ -120,7 +120,7 @@ export class LineRun {
       });
     }
     const terms = { priority: this.#needs.priority, deadlineMs: this.#order.expiresMs };
-    return { ...asked, terms };
+    return { ...asked, terms, tokenizer: model.tokenizer };
   }
 
   async #submit(asked: Asked): Promise<void> {

@@ -1,14 +1,16 @@
 /** The routes that generate: chats and completions, streamed and whole, and the events of a job. */
 import type { FastifyInstance, FastifyReply } from 'fastify';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
-import { endingError, type Answers } from './answers.js';
+import type { AnswerEvent, Answers } from './answers.js';
+import { Choice } from './choice.js';
 import { EventStream } from './http-stream.js';
+import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import type { Journal } from './journal.js';
 import type { Models } from './models.js';
 import { modelNameOf } from './openai.js';
 import { chunkBody, errorBody, usageChunkBody, type AnswerHead } from './openai-answer.js';
 import { endpoints } from './openai-endpoints.js';
-import type { Ending } from './request.js';
+import type { Request } from './request.js';
 
 export interface AnswerRoutes {
   readonly models: Models;
@@ -26,10 +28,11 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const asked = parse(request.body, model);
       const jobId = await routes.answers.submit(asked);
       const createdS = Math.floor(Date.now() / 1000);
-      const head: AnswerHead = { kind, jobId, model: model.card.name, createdS };
+      const { tokenizer } = model;
+      const head: AnswerHead = { kind, jobId, createdS, tokenizer, request: asked.request };
       void reply.header('x-caravan-job', jobId);
       const answer = new Answer(routes, reply, head, startMs);
-      return asked.isStream ? answer.stream(reply, asked.includesUsage, START) : answer.whole();
+      return asked.isStream ? answer.stream(reply, asked.includesUsage, null) : answer.whole();
     });
   }
 
@@ -39,9 +42,22 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const { id } = request.params;
       const job = await routes.journal.job(id);
       if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
-      const position = positionOf(request.query.from ?? request.headers['last-event-id']);
+      const { tokenizer } = await routes.models.find(job.model);
+      const position = positionsOf(
+        request.query.from ?? request.headers['last-event-id'],
+        sequenceCount(job.request),
+      );
       const createdS = Math.floor(job.createdMs / 1000);
-      const head: AnswerHead = { kind: 'completion', jobId: id, model: job.model, createdS };
+      // Whoever comes in the middle lacks the tokens before: logprobs are for those who stay.
+      const shown: { logprobs?: number } & Request = { ...job.request };
+      delete shown.logprobs;
+      const head: AnswerHead = {
+        kind: 'completion',
+        jobId: id,
+        createdS,
+        tokenizer,
+        request: shown,
+      };
       // Whoever only looks on does not take the job with him when he leaves.
       const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });
       return answer.stream(reply, true, position);
@@ -49,26 +65,26 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
   );
 }
 
-/** Where a client stands: tokens that it has, and how much of the ending (see sendEnd). */
+/** Where a client stands in a sequence: tokens that it has, and how much of the end (see #sendFinish). */
 interface Position {
   readonly offset: number;
   readonly endPart: number;
 }
 
-const START: Position = { offset: 0, endPart: 0 };
-
-/** An event's id is `<tokens>-<part of the ending>`. */
-function positionOf(eventId: string | string[] | undefined): Position {
-  if (eventId === undefined || eventId === '') return START;
-  const match = /^(\d{1,9})(?:-(\d))?$/.exec(String(eventId));
-  if (match === null) {
+/** An event's id is `<tokens>-<part of the end>` of each sequence, joined by `_`. @returns null for the beginning. */
+function positionsOf(eventId: string | string[] | undefined, count: number): Position[] | null {
+  if (eventId === undefined || eventId === '' || eventId === '0') return null;
+  const positions = String(eventId)
+    .split('_')
+    .map((part) => /^(\d{1,9})(?:-(\d))?$/.exec(part));
+  if (positions.length !== count || positions.includes(null)) {
     throw new CaravanError(
       'invalid_request',
       `last-event-id: ${String(eventId)} is no event's id`,
       { param: 'last-event-id' },
     );
   }
-  return { offset: Number(match[1]), endPart: Number(match[2] ?? 0) };
+  return positions.map((match) => ({ offset: Number(match![1]), endPart: Number(match![2] ?? 0) }));
 }
 
 /** One client that reads one job. */
@@ -95,7 +111,7 @@ class Answer {
       if (reply.raw.writableFinished || routes.stopping.aborted) return;
       left.abort(new CaravanError('cancelled', 'the client left'));
       // The job's own ending may have come first; then there is nothing to cancel.
-      if (isOwner) routes.answers.cancel(head.jobId, head.model).catch(() => undefined);
+      if (isOwner) routes.answers.cancel(head.jobId, head.request.model).catch(() => undefined);
     };
     // A client may have left while its job was being queued.
     if (reply.raw.destroyed) onClose();
@@ -107,28 +123,51 @@ class Answer {
     return this.#routes.answers.whole(this.#head, this.#startMs, this.#signal);
   }
 
-  /** Sends every piece of text as it is written, from a position on. */
+  /** Sends every piece of text as it is written. @param from where the client stands; null for the beginning. */
   async stream(
     reply: FastifyReply,
     includesUsage: boolean,
-    { offset, endPart }: Position,
+    from: readonly Position[] | null,
   ): Promise<void> {
-    const stream = new EventStream(reply, { 'x-caravan-job': this.#head.jobId });
+    const head = this.#head;
+    const { request, tokenizer, jobId } = head;
+    const stream = new EventStream(reply, { 'x-caravan-job': jobId });
+    const choices = Array.from(
+      { length: sequenceCount(request) },
+      (_, index) => new Choice(sequenceRequest(request, index), tokenizer),
+    );
+    const positions = [...(from ?? choices.map(() => ({ offset: 0, endPart: 0 })))];
+    const unspoken = new Set(request.echo === true && from === null ? choices.keys() : []);
     try {
-      if (this.#head.kind === 'chat' && offset === 0) {
-        await stream.send(chunkBody(this.#head, '', null, true));
+      if (head.kind === 'chat' && from === null) {
+        for (const index of choices.keys()) {
+          const first = { index, text: '', tokens: [], finishReason: null };
+          await stream.send(chunkBody(head, first, { isFirst: true }));
+        }
       }
-      for await (const entry of this.#follow(offset)) {
-        if (entry.kind === 'tokens') {
-          const text = entry.texts.join('');
-          const id = `${entry.endOffset}-0`;
-          if (text !== '') await stream.send(chunkBody(this.#head, text, null, false), id);
+      const offsets = positions.map(({ offset }) => offset);
+      const { answers } = this.#routes;
+      for await (const event of answers.follow(head, offsets, this.#startMs, this.#signal)) {
+        if (event.kind === 'completed') {
+          if (includesUsage) await stream.send(usageChunkBody(head, event.usage));
+          await stream.send('[DONE]');
+          return;
+        }
+        const { index, kind, endOffset } = event;
+        const choice = choices[index]!;
+        if (unspoken.delete(index)) {
+          const piece = choice.prompt(await answers.promptLogprobs(head, index));
+          await stream.send(chunkBody(head, { ...piece, index, finishReason: null }));
+        }
+        if (kind === 'finish') {
+          await this.#sendFinish(stream, choice, event, positions);
           continue;
         }
-        if (entry.ending.status !== 'completed') throw endingError(entry.ending);
-        await this.#sendEnd(stream, entry, entry.ending, endPart);
-        if (includesUsage) await stream.send(usageChunkBody(this.#head, entry.ending.usage));
-        await stream.send('[DONE]');
+        const piece = choice.push(event);
+        positions[index] = { offset: endOffset, endPart: 0 };
+        if (piece.text === '' && piece.tokens.length === 0) continue;
+        const shown = { ...piece, index, finishReason: null };
+        await stream.send(chunkBody(head, shown), idOf(positions));
       }
     } catch (thrown) {
       // The status line is long gone: the error is an event, as OpenAI's clients expect.
@@ -138,23 +177,27 @@ class Answer {
     }
   }
 
-  /** The ending has two parts with ids of their own: the text that was held back, and the reason. */
-  async #sendEnd(
+  /** The end has two parts with ids of their own: the text that was held back, and the reason. */
+  async #sendFinish(
     stream: EventStream,
-    { endOffset, text }: { readonly endOffset: number; readonly text: string },
-    { finishReason }: Extract<Ending, { status: 'completed' }>,
-    endPart: number,
+    choice: Choice,
+    { index, endOffset, text, finishReason }: Extract<AnswerEvent, { kind: 'finish' }>,
+    positions: Position[],
   ): Promise<void> {
-    if (text !== '' && endPart < 1) {
-      await stream.send(chunkBody(this.#head, text, null, false), `${endOffset}-1`);
+    const endPart = positions[index]!.endPart;
+    const piece = choice.finish(finishReason, text);
+    if ((piece.text !== '' || piece.tokens.length > 0) && endPart < 1) {
+      positions[index] = { offset: endOffset, endPart: 1 };
+      const shown = { ...piece, index, finishReason: null };
+      await stream.send(chunkBody(this.#head, shown), idOf(positions));
     }
+    positions[index] = { offset: endOffset, endPart: 2 };
     if (endPart < 2) {
-      await stream.send(chunkBody(this.#head, '', finishReason, false), `${endOffset}-2`);
+      const shown = { index, text: '', tokens: [], finishReason };
+      await stream.send(chunkBody(this.#head, shown), idOf(positions));
     }
-  }
-
-  #follow(offset: number) {
-    const { jobId, model } = this.#head;
-    return this.#routes.answers.follow(jobId, model, offset, this.#startMs, this.#signal);
   }
 }
+
+const idOf = (positions: readonly Position[]): string =>
+  positions.map(({ offset, endPart }) => `${offset}-${endPart}`).join('_');

@@ -1,6 +1,9 @@
 /** OpenAI's response bodies, stream chunks and errors. */
+import type { Tokenizer } from '../model/tokenizer.js';
 import { errorTable, type CaravanError } from '../proto/errors.js';
-import type { FinishReason, ModelCard, Usage } from './request.js';
+import type { ChoicePiece } from './choice.js';
+import { chatLogprobs, completionLogprobs } from './openai-logprobs.js';
+import type { FinishReason, ModelCard, Request, Usage } from './request.js';
 
 /** The two shapes of an answer: a chat's message or a completion's text. */
 export type AnswerKind = 'chat' | 'completion';
@@ -9,36 +12,47 @@ export type AnswerKind = 'chat' | 'completion';
 export interface AnswerHead {
   readonly kind: AnswerKind;
   readonly jobId: string;
-  readonly model: string;
   readonly createdS: number;
+  readonly request: Request;
+  readonly tokenizer: Tokenizer;
+}
+
+/** One choice of an answer, whole or a piece of it. */
+export interface ShownChoice extends ChoicePiece {
+  readonly index: number;
+  readonly finishReason: FinishReason | null;
 }
 
 const idOf = ({ kind, jobId }: AnswerHead): string =>
   `${kind === 'chat' ? 'chatcmpl' : 'cmpl'}-${jobId.replace(/^job_/, '')}`;
 
-export const usageBody = ({ promptTokens, completionTokens }: Usage) => ({
+export const usageBody = ({ promptTokens, completionTokens, cachedTokens }: Usage) => ({
   prompt_tokens: promptTokens,
   completion_tokens: completionTokens,
   total_tokens: promptTokens + completionTokens,
+  prompt_tokens_details: { cached_tokens: cachedTokens ?? 0 },
 });
 
+function logprobsOf({ kind, request, tokenizer }: AnswerHead, { tokens }: ChoicePiece) {
+  if (request.logprobs === undefined) return null;
+  return kind === 'chat' ? chatLogprobs(tokens, tokenizer) : completionLogprobs(tokens, tokenizer);
+}
+
 /** The whole answer, not streamed. */
-export function answerBody(
-  head: AnswerHead,
-  text: string,
-  finishReason: FinishReason,
-  usage: Usage,
-) {
-  const choice =
-    head.kind === 'chat'
-      ? { message: { role: 'assistant', content: text, refusal: null } }
-      : { text };
+export function answerBody(head: AnswerHead, choices: readonly ShownChoice[], usage: Usage) {
   return {
     id: idOf(head),
     object: head.kind === 'chat' ? 'chat.completion' : 'text_completion',
     created: head.createdS,
-    model: head.model,
-    choices: [{ index: 0, ...choice, logprobs: null, finish_reason: finishReason }],
+    model: head.request.model,
+    choices: choices.map((choice) => ({
+      index: choice.index,
+      ...(head.kind === 'chat'
+        ? { message: { role: 'assistant', content: choice.text, refusal: null } }
+        : { text: choice.text }),
+      logprobs: logprobsOf(head, choice),
+      finish_reason: choice.finishReason,
+    })),
     usage: usageBody(usage),
   };
 }
@@ -46,33 +60,37 @@ export function answerBody(
 /** One event of a stream. `isFirst` names the role in a chat. */
 export function chunkBody(
   head: AnswerHead,
-  text: string,
-  finishReason: FinishReason | null,
-  isFirst: boolean,
+  choice: ShownChoice,
+  { isFirst }: { isFirst: boolean } = { isFirst: false },
 ) {
+  const { text, tokens, index, finishReason } = choice;
   const delta = {
     ...(isFirst ? { role: 'assistant' } : {}),
     ...(text === '' && !isFirst ? {} : { content: text }),
   };
   return {
-    id: idOf(head),
-    object: head.kind === 'chat' ? 'chat.completion.chunk' : 'text_completion',
-    created: head.createdS,
-    model: head.model,
+    ...chunkHead(head),
     choices: [
       {
-        index: 0,
+        index,
         ...(head.kind === 'chat' ? { delta } : { text }),
-        logprobs: null,
+        logprobs: tokens.length > 0 ? logprobsOf(head, choice) : null,
         finish_reason: finishReason,
       },
     ],
   };
 }
 
+const chunkHead = (head: AnswerHead) => ({
+  id: idOf(head),
+  object: head.kind === 'chat' ? 'chat.completion.chunk' : 'text_completion',
+  created: head.createdS,
+  model: head.request.model,
+});
+
 /** The last event of a stream whose client asked for usage. */
 export const usageChunkBody = (head: AnswerHead, usage: Usage) => ({
-  ...chunkBody(head, '', null, false),
+  ...chunkHead(head),
   choices: [],
   usage: usageBody(usage),
 });

@@ -9,9 +9,17 @@ import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import type { GrammarCache } from './grammar.js';
+import { promptField, promptsOf } from './openai-prompts.js';
 import { grammarOf, shapeFields } from './openai-shape.js';
-import { encodePrompt } from './prompt.js';
-import type { JobTerms, ModelCard, Request, Sampling } from './request.js';
+import {
+  MAX_LOGPROBS,
+  MAX_SEQUENCES,
+  type JobTerms,
+  type ModelCard,
+  type Prompt,
+  type Request,
+  type Sampling,
+} from './request.js';
 
 /** A model that can be asked: its card, its tokenizer and its way of chatting. */
 export interface ServedModel {
@@ -44,7 +52,6 @@ const common = {
   model: maybe(z.string()),
   stream: maybe(z.boolean()),
   stream_options: maybe(z.object({ include_usage: maybe(z.boolean()) })),
-  max_tokens: maybe(z.number().int().min(1)),
   temperature: maybe(z.number().min(0).max(2)),
   top_p: maybe(z.number().gt(0).max(1)),
   top_k: maybe(z.number().int().min(0)),
@@ -60,7 +67,7 @@ const common = {
     }),
   ),
   ignore_eos: maybe(z.boolean()),
-  n: maybe(z.number().int().min(1)),
+  n: maybe(z.number().int().min(1).max(MAX_SEQUENCES)),
   user: maybe(z.string()),
   priority: maybe(z.number().int().min(1).max(1000)),
   deadline_s: maybe(z.number().gt(0).max(31_536_000)),
@@ -80,17 +87,20 @@ const chatBody = z.object({
       }),
     )
     .min(1),
+  max_tokens: maybe(z.number().int().min(1)),
   max_completion_tokens: maybe(z.number().int().min(1)),
+  logprobs: maybe(z.boolean()),
+  top_logprobs: maybe(z.number().int().min(0).max(MAX_LOGPROBS)),
 });
 
 const completionBody = z.object({
   ...common,
-  prompt: maybe(
-    z.union(
-      [z.string(), z.array(z.string()).length(1), z.array(z.number().int().nonnegative()).min(1)],
-      { error: 'must be a string, an array with one string, or an array of token ids' },
-    ),
-  ),
+  prompt: maybe(promptField),
+  // None at all only looks at the prompt, for its logprobs.
+  max_tokens: maybe(z.number().int().min(0)),
+  best_of: maybe(z.number().int().min(1).max(MAX_SEQUENCES)),
+  logprobs: maybe(z.number().int().min(0).max(MAX_LOGPROBS)),
+  echo: maybe(z.boolean()),
 });
 
 type Common = z.infer<typeof chatBody> | z.infer<typeof completionBody>;
@@ -99,12 +109,6 @@ const isOff = (value: unknown): boolean => value === undefined || value === null
 
 /** Fields that OpenAI knows and this release does not: the values that ask for nothing. */
 const unsupported: Readonly<Record<string, (value: unknown) => boolean>> = {
-  n: (value) => isOff(value) || value === 1,
-  best_of: (value) => isOff(value) || value === 1,
-  logprobs: isOff,
-  top_logprobs: (value) => isOff(value) || value === 0,
-  echo: isOff,
-  suffix: (value) => isOff(value) || value === '',
   tools: (value) => isOff(value) || isEmpty(value),
   tool_choice: (value) => isOff(value) || value === 'none' || value === 'auto',
   functions: (value) => isOff(value) || isEmpty(value),
@@ -144,26 +148,59 @@ export function parseChat(body: unknown, model: ServedModel): Asked {
   }));
   const promptTokenIds = model.chat.render(messages);
   const maxTokens = parsed.max_completion_tokens ?? parsed.max_tokens;
-  const { addsFirstSpace } = model.tokenizer;
-  return finish(parsed, model, promptTokenIds, addsFirstSpace, 'messages', maxTokens ?? null);
+  if (parsed.top_logprobs != null && parsed.logprobs !== true) {
+    refuse('top_logprobs', 'needs logprobs to be true');
+  }
+  const prompt = { promptTokenIds, isTextStart: model.tokenizer.addsFirstSpace };
+  return finish(parsed, model, [prompt], 'messages', {
+    maxTokens: maxTokens ?? null,
+    answers: {
+      ...severalOf(parsed.n ?? 1, null, 1),
+      ...(parsed.logprobs === true ? { logprobs: parsed.top_logprobs ?? 0 } : {}),
+    },
+  });
 }
 
-/** POST /v1/completions. A prompt of token ids is taken as it is; a text gets BOS before it, where the model knows one. */
+/** POST /v1/completions. @throws CaravanError as parseChat. */
 export function parseCompletion(body: unknown, model: ServedModel): Asked {
   const parsed = parse(completionBody, body);
-  const { card, tokenizer } = model;
-  const prompt = parsed.prompt ?? '';
-  const text = typeof prompt === 'string' ? prompt : prompt[0];
-  if (typeof text === 'string') {
-    const { ids, isTextStart } = encodePrompt(text, tokenizer);
-    return finish(parsed, model, ids, isTextStart, 'prompt', parsed.max_tokens ?? null);
+  const { suffix } = body as { suffix?: unknown };
+  if (!isOff(suffix) && suffix !== '') {
+    refuse('suffix', 'models of this kind continue a text and cannot fill in before a suffix');
   }
-  const ids = prompt as number[];
-  const alien = ids.find((id) => id >= card.vocabSize);
-  if (alien !== undefined) {
-    refuse('prompt', `token id ${alien} is not below the vocabulary's ${card.vocabSize}`);
+  const prompts = promptsOf(parsed.prompt ?? '', model);
+  const { best_of: bestOf, stream, logprobs, echo } = parsed;
+  const several = severalOf(parsed.n ?? 1, bestOf ?? null, prompts.length);
+  if (several.bestOf !== undefined && stream === true) {
+    refuse('best_of', `${several.bestOf} answers cannot be compared while they are streamed`);
   }
-  return finish(parsed, model, ids, false, 'prompt', parsed.max_tokens ?? null);
+  return finish(parsed, model, prompts, 'prompt', {
+    maxTokens: parsed.max_tokens ?? null,
+    answers: {
+      ...several,
+      ...(logprobs == null ? {} : { logprobs }),
+      ...(echo === true ? { echo } : {}),
+    },
+  });
+}
+
+/** What a request asks for besides one plain answer; each left out where it does not. */
+type Answers = Pick<Request, 'n' | 'bestOf' | 'logprobs' | 'echo'>;
+
+function severalOf(
+  n: number,
+  bestOf: number | null,
+  prompts: number,
+): Pick<Answers, 'n' | 'bestOf'> {
+  if (bestOf !== null && bestOf < n) refuse('best_of', `${bestOf} is less than n, ${n}`);
+  const sequences = (bestOf ?? n) * prompts;
+  if (sequences > MAX_SEQUENCES) {
+    refuse(
+      bestOf === null ? 'n' : 'best_of',
+      `${sequences} answers to ${prompts} prompts; at most ${MAX_SEQUENCES} are generated`,
+    );
+  }
+  return { ...(n > 1 ? { n } : {}), ...(bestOf !== null && bestOf > n ? { bestOf } : {}) };
 }
 
 function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
@@ -182,18 +219,19 @@ function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
 function finish(
   body: Common,
   { card, grammars }: ServedModel,
-  promptTokenIds: readonly number[],
-  isTextStart: boolean,
-  promptField: string,
-  maxTokens: number | null,
+  prompts: readonly [Prompt, ...Prompt[]],
+  field: 'messages' | 'prompt',
+  { maxTokens, answers }: { maxTokens: number | null; answers: Answers },
 ): Asked {
-  const room = card.maxSeqLen - promptTokenIds.length;
+  const [first, ...others] = prompts;
+  const longest = Math.max(...prompts.map(({ promptTokenIds }) => promptTokenIds.length));
+  const room = card.maxSeqLen - longest;
   if (room < 1) {
     throw new CaravanError(
       'context_length_exceeded',
-      `${promptField}: has ${promptTokenIds.length} tokens, and the context of ${card.maxSeqLen} ` +
+      `${field}: has ${longest} tokens, and the context of ${card.maxSeqLen} ` +
         `must hold at least one more`,
-      { param: promptField },
+      { param: field },
     );
   }
   if (body.seed != null && !Number.isSafeInteger(body.seed)) {
@@ -206,7 +244,9 @@ function finish(
     request: {
       version: 1,
       model: card.name,
-      promptTokenIds,
+      ...first,
+      ...(others.length > 0 ? { otherPrompts: others } : {}),
+      ...answers,
       sampling: {
         temperature: body.temperature ?? card.defaults.temperature ?? 1,
         topP: body.top_p ?? card.defaults.topP ?? 1,
@@ -215,10 +255,9 @@ function finish(
         ...adjustmentOf(body, card),
         seed: body.seed ?? randomInt(2 ** 47),
       },
-      maxTokens: maxTokens ?? wishedTokens(card, promptTokenIds.length, room),
+      maxTokens: maxTokens ?? wishedTokens(card, longest, room),
       stop,
       ignoreEos,
-      isTextStart,
       ...(grammar === undefined ? {} : { grammar }),
     },
     terms: {

@@ -89,7 +89,10 @@ export interface JobTerms {
 export type FinishReason = 'stop' | 'length';
 
 export interface Usage {
+  /** Each prompt counts once, however many answers it gets. */
   readonly promptTokens: number;
+  /** Of the prompt tokens, those that were not computed again; none if left out. */
+  readonly cachedTokens?: number;
   readonly completionTokens: number;
 }
 

@@ -68,8 +68,11 @@ const chats: readonly Case[] = [
   [{ messages: user, priority: 0 }, 'priority', />=1/],
   [{ messages: user, deadline_s: 0 }, 'deadline_s', />0/],
   [{ messages: user, model: 7 }, 'model', /must be a string/],
-  [{ messages: user, n: 2 }, 'n', /2 is not supported/],
-  [{ messages: user, logprobs: true }, 'logprobs', /not supported/],
+  [{ messages: user, n: 0 }, 'n', />=1/],
+  [{ messages: user, n: 129 }, 'n', /<=128/],
+  [{ messages: user, logprobs: 3 }, 'logprobs', /expected boolean/],
+  [{ messages: user, top_logprobs: 3 }, 'top_logprobs', /needs logprobs to be true/],
+  [{ messages: user, logprobs: true, top_logprobs: 21 }, 'top_logprobs', /<=20/],
   [{ messages: user, tools: [{ type: 'function' }] }, 'tools', /not supported/],
   [{ messages: user, functions: [{ name: 'f' }] }, 'functions', /not supported/],
   [
@@ -130,14 +133,21 @@ const chats: readonly Case[] = [
 ];
 
 const completions: readonly Case[] = [
-  [{ prompt: ['a', 'b'] }, 'prompt', /an array with one string/],
   [{ prompt: [] }, 'prompt', /must be a string/],
+  [{ prompt: ['a', 7] }, 'prompt', /must be a string/],
+  [{ prompt: [[1], []] }, 'prompt.1', />=1 items/],
+  [{ prompt: Array(129).fill('a') }, 'prompt', /array of 1 to 128 of either/],
   [{ prompt: [1, -3] }, 'prompt.1', />=0/],
   [{ prompt: [1, 1_000_000] }, 'prompt', /token id 1000000 is not below the vocabulary's \d+/],
-  [{ prompt: 'a', echo: true }, 'echo', /not supported/],
-  [{ prompt: 'a', suffix: 'b' }, 'suffix', /not supported/],
-  [{ prompt: 'a', best_of: 3 }, 'best_of', /not supported/],
-  [{ prompt: 'a', logprobs: 0 }, 'logprobs', /not supported/],
+  [{ prompt: [[1], [1, 1_000_000]] }, 'prompt', /token id 1000000 is not below/],
+  [{ prompt: 'a', echo: 1 }, 'echo', /expected boolean/],
+  [{ prompt: 'a', suffix: 'b' }, 'suffix', /cannot fill in before a suffix/],
+  [{ prompt: 'a', n: 3, best_of: 2 }, 'best_of', /2 is less than n, 3/],
+  [{ prompt: 'a', best_of: 2, stream: true }, 'best_of', /cannot be compared/],
+  [{ prompt: ['a', 'b', 'c'], n: 64 }, 'n', /192 answers to 3 prompts; at most 128/],
+  [{ prompt: 'a', logprobs: true }, 'logprobs', /expected number/],
+  [{ prompt: 'a', logprobs: 21 }, 'logprobs', /<=20/],
+  [{ prompt: 'a', max_tokens: -1 }, 'max_tokens', />=0/],
 ];
 
 void test('each bad field is a 400 that names it, and nothing is queued', async () => {
@@ -201,6 +211,7 @@ void test('fields that ask for nothing, and unknown ones, are let pass', async (
     stream: true,
     n: 1,
     logprobs: false,
+    best_of: 7,
     tools: [],
     tool_choice: 'auto',
     response_format: { type: 'text' },

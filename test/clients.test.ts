@@ -164,7 +164,7 @@ void test('errors have the shape that the client expects', async () => {
     (error) => error instanceof OpenAI.NotFoundError && /caravan-tiny/.test(error.message),
   );
   await assert.rejects(
-    client.chat.completions.create({ model, messages: question, n: 2 }),
+    client.chat.completions.create({ model, messages: question, n: 200 }),
     (error) => error instanceof OpenAI.BadRequestError && error.param === 'n',
   );
   await assert.rejects(

@@ -9,12 +9,25 @@ const NAME = 'data/openapi/openai-openapi.yaml';
 
 let ajv: Ajv2020 | null = null;
 
+/** OpenAPI 3.0's `nullable` beside a reference, which 3.1 has no more, as a choice of null. */
+function withNull(schema: unknown): unknown {
+  if (Array.isArray(schema)) return schema.map(withNull);
+  if (typeof schema !== 'object' || schema === null) return schema;
+  const { nullable, ...rest } = schema as Record<string, unknown>;
+  const own = Object.fromEntries(
+    Object.entries(rest).map(([key, value]) => [key, withNull(value)]),
+  );
+  if (nullable !== true) return nullable === undefined ? own : { ...own, nullable };
+  return { anyOf: [own, { type: 'null' }] };
+}
+
 function openDescription(): Ajv2020 {
   const description = parse(fs.readFileSync(sharedPath(NAME), 'utf8')) as {
     components: { schemas: Record<string, unknown> };
   };
   const opened = new Ajv2020({ strict: false, validateFormats: false, allErrors: true });
-  opened.addSchema({ $id: 'openai', components: { schemas: description.components.schemas } });
+  const schemas = withNull(description.components.schemas);
+  opened.addSchema({ $id: 'openai', components: { schemas } });
   return opened;
 }
 

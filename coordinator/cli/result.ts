@@ -3,6 +3,7 @@ import type { Command } from 'commander';
 import { CaravanError } from '../../proto/errors.js';
 import { endingError } from '../answers.js';
 import { Journal } from '../journal.js';
+import { sequenceCount } from '../job-sequences.js';
 import { usageBody } from '../openai-answer.js';
 import { declareSettings } from './options.js';
 
@@ -20,22 +21,22 @@ export function register(program: Command): void {
       interrupted.abort(new CaravanError('cancelled', 'interrupted; the job goes on'));
     });
     try {
-      let text = '';
-      for await (const entry of journal.read(id, 0, 0, interrupted.signal)) {
-        if (entry.kind === 'tokens') {
-          text += entry.texts.join('');
-          continue;
-        }
+      const job = await journal.job(id);
+      const texts = Array<string>(job === null ? 1 : sequenceCount(job.request)).fill('');
+      const starts = texts.map(() => 0);
+      for await (const { index, entry } of journal.readAll(id, starts, interrupted.signal)) {
+        texts[index]! += entry.kind === 'tokens' ? entry.texts.join('') : entry.text;
+        if (entry.kind !== 'end') continue;
         const { ending } = entry;
-        text += entry.text;
         const completed = ending.status === 'completed' ? ending : null;
         if (json) {
           const finishReason = completed?.finishReason ?? null;
           const usage = completed === null ? null : usageBody(completed.usage);
-          const result = { id, status: ending.status, text, finishReason, usage };
-          process.stdout.write(`${JSON.stringify(result)}\n`);
+          const several = texts.length > 1 ? { texts } : {};
+          const result = { id, status: ending.status, text: texts[0], finishReason, usage };
+          process.stdout.write(`${JSON.stringify({ ...result, ...several })}\n`);
         } else {
-          process.stdout.write(`${text}\n`);
+          process.stdout.write(`${texts.join('\n')}\n`);
         }
         if (ending.status !== 'completed') throw endingError(ending);
       }
