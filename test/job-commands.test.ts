@@ -37,7 +37,10 @@ void test('a job is submitted with its terms, listed, and its result awaited', a
     status: 'completed',
     text: ' walked on',
     finishReason: 'stop',
-    usage: { prompt_tokens: 4, completion_tokens: 2, total_tokens: 6 },
+    usage: {
+      ...{ prompt_tokens: 4, completion_tokens: 2, total_tokens: 6 },
+      prompt_tokens_details: { cached_tokens: 0 },
+    },
   });
 });
 
