@@ -98,7 +98,7 @@ export interface StepFigures {
 }
 
 /** What ranks are told of a request's adjustment. */
-function adjustmentOf({ promptTokenIds, sampling }: Request): Adjustment | undefined {
+export function adjustmentOf({ promptTokenIds, sampling }: Request): Adjustment | undefined {
   const { adjustment } = sampling;
   if (adjustment === undefined) return undefined;
   const { biases, ...penalties } = adjustment;
