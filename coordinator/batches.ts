@@ -11,7 +11,9 @@ import type { Hold } from './store-batches.js';
 const LEASE_MS = 5_000;
 const RENEW_EVERY_MS = 1_000;
 const LOOK_EVERY_MS = 1_000;
-const SWEEP_EVERY_MS = 60_000;
+const EXPIRE_EVERY_MS = 60_000;
+/** Listing a storage costs. */
+const SWEEP_EVERY_MS = 3600 * 1000;
 /** Parts without an open batch, this old, are those of a gateway that died while it cleaned up. */
 const ORPHAN_AFTER_MS = 3600 * 1000;
 
@@ -38,6 +40,7 @@ export class Batches {
   readonly #holder = randomUUID();
   readonly #running = new Map<string, Promise<void>>();
   readonly #created = new Bell();
+  #expiredMs = -Infinity;
   #sweptMs = -Infinity;
 
   constructor(needs: Needs, limits: BatchLimits, log: BatchesLog) {
@@ -154,10 +157,14 @@ export class Batches {
 
   /** Removes files that have expired, and what dead gateways left in the storage. */
   async #sweep(): Promise<void> {
-    if (performance.now() - this.#sweptMs < SWEEP_EVERY_MS) return;
-    this.#sweptMs = performance.now();
     const { files, records } = this.#needs;
-    await files.removeExpired((id) => this.isInput(id));
+    const nowMs = performance.now();
+    if (nowMs - this.#expiredMs > EXPIRE_EVERY_MS) {
+      this.#expiredMs = nowMs;
+      await files.removeExpired((id) => this.isInput(id));
+    }
+    if (nowMs - this.#sweptMs < SWEEP_EVERY_MS) return;
+    this.#sweptMs = nowMs;
     await files.removeOrphans();
     const open = new Set(await records.open());
     for await (const { key, modifiedMs } of files.storage.list(PARTS_PREFIX)) {

@@ -161,12 +161,7 @@ export class FileBucket implements FileStorage {
   /** On the way, half-written objects of dead gateways are given up. */
   async *list(prefix: string): AsyncGenerator<StoredObject> {
     const all = { Bucket: this.#bucket, Prefix: this.#prefix + prefix };
-    const uploads = await this.#call(() => this.#client.send(new ListMultipartUploadsCommand(all)));
-    for (const { Key, UploadId, Initiated } of uploads.Uploads ?? []) {
-      if (Date.now() - (Initiated?.getTime() ?? Date.now()) < ABANDONED_AFTER_MS) continue;
-      const upload = { Bucket: this.#bucket, Key, UploadId };
-      await this.#call(() => this.#client.send(new AbortMultipartUploadCommand(upload)));
-    }
+    await this.#giveUpAbandoned(all);
     let ContinuationToken: string | undefined;
     do {
       const page = await this.#call(() =>
@@ -178,6 +173,19 @@ export class FileBucket implements FileStorage {
       }
       ContinuationToken = page.NextContinuationToken;
     } while (ContinuationToken !== undefined);
+  }
+
+  async #giveUpAbandoned(all: { readonly Bucket: string; readonly Prefix: string }): Promise<void> {
+    try {
+      const { Uploads = [] } = await this.#client.send(new ListMultipartUploadsCommand(all));
+      for (const { Key, UploadId, Initiated } of Uploads) {
+        if (Date.now() - (Initiated?.getTime() ?? Date.now()) < ABANDONED_AFTER_MS) continue;
+        const upload = { Bucket: this.#bucket, Key, UploadId };
+        await this.#client.send(new AbortMultipartUploadCommand(upload));
+      }
+    } catch {
+      // Not every storage allows it; a rule of the bucket can do the same.
+    }
   }
 
   async #call<T>(call: () => Promise<T>): Promise<T> {

@@ -75,7 +75,7 @@ redis.call('HINCRBY', KEYS[1], 'version', 1)
 return {'written'}`;
 
 /**
- * KEYS batch, open; ARGV fence, version, id, status that it must have, status that it gets, retention in
+ * KEYS batch, open, started, parts; ARGV fence, version, id, status that it must have, status that it gets, retention in
  * seconds or '' while it goes on, then field, value of what is new.
  * @returns {stale}, {diverged}, {closing} when it has another status, or {written}.
  */
@@ -86,7 +86,7 @@ for i = 7, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('HINCRBY', KEYS[1], 'version', 1)
 if ARGV[6] ~= '' then
   redis.call('SREM', KEYS[2], ARGV[3])
-  redis.call('EXPIRE', KEYS[1], ARGV[6])
+  for _, key in ipairs({KEYS[1], KEYS[3], KEYS[4]}) do redis.call('EXPIRE', key, ARGV[6]) end
 end
 return {'written'}`;
 

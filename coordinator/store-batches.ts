@@ -217,7 +217,8 @@ export class BatchRecords {
     if (errorFileId != null) fields.push('errorFileId', errorFileId);
     const retention = isEnded(to) ? RETENTION_S : '';
     const args = [fence, version, id, from, to, retention, ...fields];
-    return this.#write(moveScript, [batchKey(id), OPEN], args);
+    const keys = [batchKey(id), OPEN, startedKey(id), partsKey(id)];
+    return this.#write(moveScript, keys, args);
   }
 
   /** Forgets what only the run of a batch needed. */

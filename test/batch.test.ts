@@ -192,6 +192,23 @@ void test('a cancelled batch keeps what is done', async () => {
   assert.equal((await client.batches.cancel(created.id)).status, 'cancelled');
 });
 
+void test('a batch yields to whoever waits for an answer', async () => {
+  const lines = Array.from({ length: 40 }, (_, i) =>
+    request(`slow${i}`, { ...question('hi'), max_tokens: 300, ignore_eos: true }),
+  );
+  const { id } = await submit(lines);
+  await world.until(id, ({ request_counts }) => request_counts!.completed >= 1);
+  await client.chat.completions.create({
+    ...{ model, max_completion_tokens: 1 },
+    messages: [{ role: 'user', content: 'And I?' }],
+  });
+  const { status, request_counts } = await client.batches.retrieve(id);
+  assert.equal(status, 'in_progress');
+  assert.ok(request_counts!.completed < 40, 'most of its lines still wait');
+  await client.batches.cancel(id);
+  await endedBatch(client, id);
+});
+
 void test('when its window ends a batch expires, and keeps what is done', async () => {
   const { id } = await upload([
     request('quick', question('hi')),

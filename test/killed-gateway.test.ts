@@ -141,6 +141,7 @@ void test('a batch outlives the gateways that run it', { timeout: TIMEOUT_MS }, 
     // BullMQ lists only the latest 10,000.
     if (!isLong) assert.equal(completed, output.length, 'every line was run once');
 
+    if (isLong) t.diagnostic(await cancelInTheMiddle(clientOf(gateway), file.id));
     const peak = Math.max(...resident);
     const mb = (bytes: number): string => (bytes / 1e6).toFixed(0);
     t.diagnostic(
@@ -154,6 +155,30 @@ void test('a batch outlives the gateways that run it', { timeout: TIMEOUT_MS }, 
     await gateway.kill('SIGTERM');
   }
 });
+
+/** The same file again, cancelled after a third of it. @returns what became of it. */
+async function cancelInTheMiddle(client: OpenAI, fileId: string): Promise<string> {
+  const { id } = await client.batches.create({
+    ...{ input_file_id: fileId, endpoint: '/v1/completions', completion_window: '24h' },
+  });
+  const isThere = (batch: OpenAI.Batch): boolean => batch.request_counts!.completed > LINES / 3;
+  await batchWhen(client, id, isThere, TIMEOUT_MS);
+  const startMs = performance.now();
+  await client.batches.cancel(id);
+  const batch = await endedBatch(client, id, TIMEOUT_MS);
+  const seconds = ((performance.now() - startMs) / 1000).toFixed(1);
+  assert.equal(batch.status, 'cancelled');
+  const output = await linesOf<OutputLine>(client, batch.output_file_id!);
+  const errors = await linesOf<ErrorLine>(client, batch.error_file_id!);
+  const { total, completed, failed } = batch.request_counts!;
+  assert.deepEqual([total, completed, failed], [LINES, output.length, errors.length]);
+  assert.ok(completed > LINES / 3 && failed > LINES / 3, 'in the middle');
+  const ids = [...output, ...errors].map(({ custom_id }) => custom_id);
+  assert.equal(ids.length, LINES);
+  assert.equal(new Set(ids).size, LINES, 'every line once');
+  const withdrawn = errors.filter(({ error }) => error?.code === 'batch_cancelled').length;
+  return `cancelled in ${seconds} s: ${completed} answered, ${withdrawn} of ${failed} withdrawn`;
+}
 
 const inLongForm = { timeout: TIMEOUT_MS, skip: isLong ? false : 'in the long form' };
 
