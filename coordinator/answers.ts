@@ -188,8 +188,8 @@ function shownOf(choices: readonly Choice[], request: Request): ShownChoice[] {
     if (perPrompt > n) own.sort((a, b) => b.meanLogprob - a.meanLogprob);
     return own.slice(0, n);
   }).flat();
-  return shown.map(({ text, tokens, finishReason }, index) => ({
-    ...{ index, text, tokens, finishReason },
+  return shown.map(({ text, tokens, finishReason, callCount }, index) => ({
+    ...{ index, text, tokens, finishReason, callCount },
   }));
 }
 

@@ -4,6 +4,7 @@
  */
 import { Detokenizer } from '../model/detokenizer.js';
 import type { Tokenizer } from '../model/tokenizer.js';
+import { ToolCallReader, type AnswerDelta } from './tool-calls.js';
 import type { JournalEntry } from './journal-entry.js';
 import type { FinishReason, Request, TokenLogprobs } from './request.js';
 
@@ -19,6 +20,8 @@ export interface ShownToken {
 export interface ChoicePiece {
   readonly text: string;
   readonly tokens: readonly ShownToken[];
+  /** What the text says, where it may call tools. */
+  readonly deltas?: readonly AnswerDelta[];
 }
 
 export class Choice {
@@ -30,6 +33,8 @@ export class Choice {
   readonly #shown: ShownToken[] = [];
   /** Characters of the prompt, if it is shown, and of all tokens so far. */
   #spokenLength = 0;
+  /** Null where no tools may be called. */
+  readonly #calls: ToolCallReader | null;
   #text = '';
   #finishReason: FinishReason | null = null;
   #tokenCount = 0;
@@ -40,6 +45,8 @@ export class Choice {
     this.#request = request;
     this.#tokenizer = tokenizer;
     this.#detokenizer = new Detokenizer(tokenizer, request.isTextStart);
+    const { grammar } = request;
+    this.#calls = grammar?.kind === 'calls' ? new ToolCallReader(grammar.style) : null;
   }
 
   /** All text so far. */
@@ -50,6 +57,11 @@ export class Choice {
   /** All tokens so far; empty where the request asks for no logprobs. */
   get tokens(): readonly ShownToken[] {
     return this.#shown;
+  }
+
+  /** Calls of tools that have begun. */
+  get callCount(): number {
+    return this.#calls?.callCount ?? 0;
   }
 
   /** Null while it goes on. */
@@ -93,16 +105,20 @@ export class Choice {
   /** The end, with the text that was held back. An answer that met a limit ends with its last token. */
   finish(finishReason: FinishReason, heldText: string): ChoicePiece {
     this.#finishReason = finishReason;
-    return this.#show(heldText, finishReason === 'length');
+    const piece = this.#show(heldText, finishReason === 'length');
+    if (piece.deltas === undefined) return piece;
+    return { ...piece, deltas: [...piece.deltas, ...this.#calls!.end()] };
   }
 
   #show(text: string, isAll: boolean): ChoicePiece {
     this.#text += text;
+    const deltas = this.#calls?.push(text);
     const next = this.#unshown.findIndex(({ textOffset }) => textOffset >= this.#text.length);
     const count = isAll || next === -1 ? this.#unshown.length : next;
     const tokens = this.#unshown.splice(0, count);
-    if (this.#request.logprobs === undefined) return { text, tokens: [] };
+    const piece = deltas === undefined ? { text } : { text, deltas };
+    if (this.#request.logprobs === undefined) return { ...piece, tokens: [] };
     this.#shown.push(...tokens);
-    return { text, tokens };
+    return { ...piece, tokens };
   }
 }

@@ -165,7 +165,8 @@ class Answer {
         }
         const piece = choice.push(event);
         positions[index] = { offset: endOffset, endPart: 0 };
-        if (piece.text === '' && piece.tokens.length === 0) continue;
+        const isSilent = piece.deltas?.length === 0 || piece.text === '';
+        if (isSilent && piece.tokens.length === 0) continue;
         const shown = { ...piece, index, finishReason: null };
         await stream.send(chunkBody(head, shown), idOf(positions));
       }
@@ -193,7 +194,8 @@ class Answer {
     }
     positions[index] = { offset: endOffset, endPart: 2 };
     if (endPart < 2) {
-      const shown = { index, text: '', tokens: [], finishReason };
+      const { callCount } = choice;
+      const shown = { index, text: '', tokens: [], finishReason, callCount };
       await stream.send(chunkBody(this.#head, shown), idOf(positions));
     }
   }

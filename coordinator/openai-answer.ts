@@ -3,6 +3,7 @@ import type { Tokenizer } from '../model/tokenizer.js';
 import { errorTable, type CaravanError } from '../proto/errors.js';
 import type { ChoicePiece } from './choice.js';
 import { chatLogprobs, completionLogprobs } from './openai-logprobs.js';
+import { callBodies, deltaBody, shownReason } from './openai-calls.js';
 import type { FinishReason, ModelCard, Request, Usage } from './request.js';
 
 /** The two shapes of an answer: a chat's message or a completion's text. */
@@ -21,6 +22,8 @@ export interface AnswerHead {
 export interface ShownChoice extends ChoicePiece {
   readonly index: number;
   readonly finishReason: FinishReason | null;
+  /** Calls of tools that have begun. */
+  readonly callCount?: number;
 }
 
 const idOf = ({ kind, jobId }: AnswerHead): string =>
@@ -38,6 +41,15 @@ function logprobsOf({ kind, request, tokenizer }: AnswerHead, { tokens }: Choice
   return kind === 'chat' ? chatLogprobs(tokens, tokenizer) : completionLogprobs(tokens, tokenizer);
 }
 
+/** The message of a chat: its text, or the calls that the text makes. */
+function messageBody({ jobId, request }: AnswerHead, { text, index }: ShownChoice) {
+  const message = { role: 'assistant', content: text, refusal: null };
+  const { grammar } = request;
+  if (grammar?.kind !== 'calls') return message;
+  const { content, calls } = callBodies(jobId, index, text, grammar.style);
+  return calls.length === 0 ? message : { ...message, content, tool_calls: calls };
+}
+
 /** The whole answer, not streamed. */
 export function answerBody(head: AnswerHead, choices: readonly ShownChoice[], usage: Usage) {
   return {
@@ -47,11 +59,9 @@ export function answerBody(head: AnswerHead, choices: readonly ShownChoice[], us
     model: head.request.model,
     choices: choices.map((choice) => ({
       index: choice.index,
-      ...(head.kind === 'chat'
-        ? { message: { role: 'assistant', content: choice.text, refusal: null } }
-        : { text: choice.text }),
+      ...(head.kind === 'chat' ? { message: messageBody(head, choice) } : { text: choice.text }),
       logprobs: logprobsOf(head, choice),
-      finish_reason: choice.finishReason,
+      finish_reason: shownReason(head.kind, choice),
     })),
     usage: usageBody(usage),
   };
@@ -63,10 +73,14 @@ export function chunkBody(
   choice: ShownChoice,
   { isFirst }: { isFirst: boolean } = { isFirst: false },
 ) {
-  const { text, tokens, index, finishReason } = choice;
+  const { text, tokens, index } = choice;
   const delta = {
     ...(isFirst ? { role: 'assistant' } : {}),
-    ...(text === '' && !isFirst ? {} : { content: text }),
+    ...(choice.deltas === undefined
+      ? text === '' && !isFirst
+        ? {}
+        : { content: text }
+      : deltaBody(head.jobId, index, choice.deltas)),
   };
   return {
     ...chunkHead(head),
@@ -75,7 +89,7 @@ export function chunkBody(
         index,
         ...(head.kind === 'chat' ? { delta } : { text }),
         logprobs: tokens.length > 0 ? logprobsOf(head, choice) : null,
-        finish_reason: finishReason,
+        finish_reason: shownReason(head.kind, choice),
       },
     ],
   };

@@ -4,7 +4,7 @@
  */
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
-import type { GrammarCache, GrammarSpec } from './grammar.js';
+import type { CallsSpec, GrammarCache, GrammarSpec } from './grammar.js';
 
 const MAX_CHOICES = 10_000;
 const MAX_CHOICE_CHARACTERS = 10_000;
@@ -86,6 +86,7 @@ function specOf(asked: ShapeBody): (readonly [field: string, spec: GrammarSpec])
 /**
  * The shape of an answer, compiled once to see that it can be followed.
  *
+ * @param calls the tools that it may call.
  * @param others fields that would end an answer elsewhere than where its shape does.
  * @throws CaravanError `invalid_request` with the field as `param`, naming what is not supported or the limit.
  */
@@ -93,8 +94,11 @@ export function grammarOf(
   asked: ShapeBody,
   grammars: GrammarCache,
   others: { readonly stop: readonly string[]; readonly ignoreEos: boolean },
+  calls?: CallsSpec,
 ): GrammarSpec | undefined {
-  const [first, second] = specOf(asked);
+  const specs = specOf(asked);
+  if (calls !== undefined) specs.unshift(['tools', calls]);
+  const [first, second] = specs;
   if (first === undefined) return undefined;
   const [field, spec] = first;
   if (second !== undefined) refuse(second[0], `cannot stand beside ${field}`);

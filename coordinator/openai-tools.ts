@@ -160,6 +160,7 @@ export function foldTools(
 ): ChatMessage[] {
   const names = new Map<string, string>();
   const folded: { role: string; content: string }[] = [];
+  let isAfterResult = false;
   for (const { role, content, tool_calls: calls, tool_call_id: id } of messages) {
     for (const call of calls ?? []) if (call.id != null) names.set(call.id, call.function.name);
     if (calls != null) {
@@ -168,6 +169,7 @@ export function foldTools(
           `{"name": ${JSON.stringify(name)}, "arguments": ${given}}`,
       );
       folded.push({ role, content: `${content ?? ''}[${said.join(', ')}]` });
+      isAfterResult = false;
       continue;
     }
     const text =
@@ -175,9 +177,12 @@ export function foldTools(
         ? `Result of ${names.get(id ?? '') ?? 'the function'}: ${content ?? ''}`
         : (content ?? '');
     const previous = folded.at(-1);
-    const isAfterResult = previous?.role === 'user' && previous.content.startsWith('Result of ');
-    if (isAfterResult && (role === 'tool' || role === 'user')) previous.content += `\n${text}`;
-    else folded.push({ role: role === 'tool' ? 'user' : role, content: text });
+    if (previous !== undefined && isAfterResult && (role === 'tool' || role === 'user')) {
+      previous.content += `\n${text}`;
+    } else {
+      folded.push({ role: role === 'tool' ? 'user' : role, content: text });
+    }
+    isAfterResult = role === 'tool';
   }
   if (offered === null) return folded;
   const description = describe(offered);

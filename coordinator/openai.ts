@@ -8,9 +8,16 @@ import { z } from 'zod';
 import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
-import type { GrammarCache } from './grammar.js';
+import type { CallsSpec, GrammarCache } from './grammar.js';
 import { promptField, promptsOf } from './openai-prompts.js';
 import { grammarOf, shapeFields } from './openai-shape.js';
+import {
+  foldTools,
+  offeredTools,
+  toTemplate,
+  toolFields,
+  toolMessageFields,
+} from './openai-tools.js';
 import {
   MAX_LOGPROBS,
   MAX_SEQUENCES,
@@ -77,14 +84,23 @@ const textPart = z.object({ type: z.literal('text'), text: z.string() });
 
 const chatBody = z.object({
   ...common,
+  ...toolFields,
   messages: z
     .array(
-      z.object({
-        role: z.string(),
-        content: z.union([z.string(), z.array(textPart).min(1)], {
+      z
+        .object({
+          role: z.string(),
+          content: maybe(
+            z.union([z.string(), z.array(textPart).min(1)], {
+              error: 'must be a string, or an array of parts of type text',
+            }),
+          ),
+          ...toolMessageFields,
+        })
+        .refine(({ content, tool_calls: calls }) => content != null || calls != null, {
+          path: ['content'],
           error: 'must be a string, or an array of parts of type text',
         }),
-      }),
     )
     .min(1),
   max_tokens: maybe(z.number().int().min(1)),
@@ -109,8 +125,6 @@ const isOff = (value: unknown): boolean => value === undefined || value === null
 
 /** Fields that OpenAI knows and this release does not: the values that ask for nothing. */
 const unsupported: Readonly<Record<string, (value: unknown) => boolean>> = {
-  tools: (value) => isOff(value) || isEmpty(value),
-  tool_choice: (value) => isOff(value) || value === 'none' || value === 'auto',
   functions: (value) => isOff(value) || isEmpty(value),
   function_call: (value) => isOff(value) || value === 'none' || value === 'auto',
   modalities: (value) => isOff(value) || JSON.stringify(value) === '["text"]',
@@ -142,11 +156,15 @@ export function modelNameOf(body: unknown): string | null {
  */
 export function parseChat(body: unknown, model: ServedModel): Asked {
   const parsed = parse(chatBody, body);
-  const messages = parsed.messages.map(({ role, content }) => ({
-    role,
-    content: typeof content === 'string' ? content : content.map(({ text }) => text).join(''),
+  const messages = parsed.messages.map(({ content, ...message }) => ({
+    ...message,
+    content: Array.isArray(content) ? content.map(({ text }) => text).join('') : (content ?? null),
   }));
-  const promptTokenIds = model.chat.render(messages);
+  const { chat } = model;
+  const offered = offeredTools(parsed, chat.tagsCalls === true ? 'tags' : 'array');
+  const promptTokenIds = chat.knowsTools
+    ? chat.render(toTemplate(messages), { tools: offered?.tools ?? [] })
+    : chat.render(foldTools(messages, offered));
   const maxTokens = parsed.max_completion_tokens ?? parsed.max_tokens;
   if (parsed.top_logprobs != null && parsed.logprobs !== true) {
     refuse('top_logprobs', 'needs logprobs to be true');
@@ -154,6 +172,7 @@ export function parseChat(body: unknown, model: ServedModel): Asked {
   const prompt = { promptTokenIds, isTextStart: model.tokenizer.addsFirstSpace };
   return finish(parsed, model, [prompt], 'messages', {
     maxTokens: maxTokens ?? null,
+    calls: offered?.grammar,
     answers: {
       ...severalOf(parsed.n ?? 1, null, 1),
       ...(parsed.logprobs === true ? { logprobs: parsed.top_logprobs ?? 0 } : {}),
@@ -186,6 +205,14 @@ export function parseCompletion(body: unknown, model: ServedModel): Asked {
 
 /** What a request asks for besides one plain answer; each left out where it does not. */
 type Answers = Pick<Request, 'n' | 'bestOf' | 'logprobs' | 'echo'>;
+
+/** What bodies of chats and completions say in ways of their own. */
+interface Wishes {
+  readonly maxTokens: number | null;
+  readonly answers: Answers;
+  /** The tools that the answer may call. */
+  readonly calls?: CallsSpec | undefined;
+}
 
 function severalOf(
   n: number,
@@ -221,7 +248,7 @@ function finish(
   { card, grammars }: ServedModel,
   prompts: readonly [Prompt, ...Prompt[]],
   field: 'messages' | 'prompt',
-  { maxTokens, answers }: { maxTokens: number | null; answers: Answers },
+  { maxTokens, answers, calls }: Wishes,
 ): Asked {
   const [first, ...others] = prompts;
   const longest = Math.max(...prompts.map(({ promptTokenIds }) => promptTokenIds.length));
@@ -239,7 +266,7 @@ function finish(
   }
   const stop = typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []);
   const ignoreEos = body.ignore_eos ?? false;
-  const grammar = grammarOf(body, grammars, { stop, ignoreEos });
+  const grammar = grammarOf(body, grammars, { stop, ignoreEos }, calls);
   return {
     request: {
       version: 1,

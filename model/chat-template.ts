@@ -33,6 +33,8 @@ export interface ChatOptions {
 export interface ChatTemplate {
   /** Whether descriptions of tools reach the model. */
   readonly knowsTools: boolean;
+  /** Whether calls of tools stand between <tool_call> tags; else they are a JSON array. */
+  readonly tagsCalls?: boolean;
   /**
    * Ids of a dialog. What messages and tools spell is text, never a control token.
    *
@@ -154,6 +156,7 @@ function specialTokens(
 
 class JinjaChat implements ChatTemplate {
   readonly knowsTools: boolean;
+  readonly tagsCalls: boolean;
   readonly #plain: JinjaTemplate;
   readonly #withTools: JinjaTemplate;
   readonly #specialTokens: Readonly<Record<string, string>>;
@@ -177,6 +180,9 @@ class JinjaChat implements ChatTemplate {
     this.#plain = plain ?? withTools;
     this.#withTools = withTools;
     this.knowsTools = /\btools\b/.test(withTools.source);
+    // Where the tag is a control token, text cannot spell it.
+    const hasTags = withTools.source.includes('<tool_call>');
+    this.tagsCalls = hasTags && !tokenizer.controlTokens.has('<tool_call>');
     this.#specialTokens = special;
     this.#tokenizer = tokenizer;
     const literals = [...this.#plain.literals(), ...withTools.literals()];

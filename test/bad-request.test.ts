@@ -73,7 +73,11 @@ const chats: readonly Case[] = [
   [{ messages: user, logprobs: 3 }, 'logprobs', /expected boolean/],
   [{ messages: user, top_logprobs: 3 }, 'top_logprobs', /needs logprobs to be true/],
   [{ messages: user, logprobs: true, top_logprobs: 21 }, 'top_logprobs', /<=20/],
-  [{ messages: user, tools: [{ type: 'function' }] }, 'tools', /not supported/],
+  [{ messages: user, tools: [{ type: 'function' }] }, 'tools.0.function', /./],
+  [{ messages: user, tools: [{ type: 'retrieval' }] }, 'tools.0.type', /other tools are not/],
+  [{ messages: user, tool_choice: 'required' }, 'tool_choice', /needs tools/],
+  [{ messages: user, tool_choice: 'perhaps' }, 'tool_choice', /none, auto, required/],
+  [{ messages: [...user, { role: 'assistant' }] }, 'messages.1.content', /must be a string/],
   [{ messages: user, functions: [{ name: 'f' }] }, 'functions', /not supported/],
   [
     { messages: user, response_format: { type: 'xml' } },

@@ -1,0 +1,55 @@
+/** Calls of tools in OpenAI's response bodies and stream chunks. */
+import { ToolCallReader, type AnswerDelta, type CallStyle } from './tool-calls.js';
+import type { FinishReason } from './request.js';
+
+/** The same for the same call, also after a stream was resumed. */
+const callId = (jobId: string, choice: number, index: number): string =>
+  `call_${jobId.replace(/^job_/, '')}_${choice}_${index}`;
+
+/** Why a choice is over, as clients are told: an answer that calls tools waits for their results. */
+export function shownReason(
+  kind: 'chat' | 'completion',
+  choice: { readonly finishReason: FinishReason | null; readonly callCount?: number },
+): FinishReason | 'tool_calls' | null {
+  const { finishReason, callCount = 0 } = choice;
+  return kind === 'chat' && finishReason === 'stop' && callCount > 0 ? 'tool_calls' : finishReason;
+}
+
+/** The calls of a whole text. */
+export function callBodies(jobId: string, choice: number, text: string, style: CallStyle) {
+  const reader = new ToolCallReader(style);
+  const calls: { id: string; type: string; function: { name: string; arguments: string } }[] = [];
+  let content = '';
+  for (const delta of [...reader.push(text), ...reader.end()]) {
+    if (delta.kind === 'content') content += delta.text;
+    else if (delta.kind === 'arguments') calls[delta.index]!.function.arguments += delta.text;
+    else {
+      const { index, name } = delta;
+      const id = callId(jobId, choice, index);
+      calls.push({ id, type: 'function', function: { name, arguments: '' } });
+    }
+  }
+  return { content: content === '' ? null : content, calls };
+}
+
+/** What a piece of a stream adds: text, and beginnings and arguments of calls. */
+export function deltaBody(jobId: string, choice: number, deltas: readonly AnswerDelta[]) {
+  const content = deltas.flatMap((delta) => (delta.kind === 'content' ? [delta.text] : []));
+  const calls = deltas.flatMap((delta) => {
+    switch (delta.kind) {
+      case 'content':
+        return [];
+      case 'call': {
+        const id = callId(jobId, choice, delta.index);
+        const called = { name: delta.name, arguments: '' };
+        return [{ index: delta.index, id, type: 'function', function: called }];
+      }
+      case 'arguments':
+        return [{ index: delta.index, function: { arguments: delta.text } }];
+    }
+  });
+  return {
+    ...(content.length > 0 ? { content: content.join('') } : {}),
+    ...(calls.length > 0 ? { tool_calls: calls } : {}),
+  };
+}
