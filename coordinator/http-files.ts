@@ -127,8 +127,12 @@ async function* unlessSilent(file: Readable, request: FastifyRequest): AsyncGene
 
 /** What is wrong with the form itself, in our words. */
 function asRefusal(error: unknown): unknown {
-  const { code, message } = error as { code?: unknown; message?: string };
-  if (error instanceof CaravanError || typeof code !== 'string') return error;
-  if (!code.startsWith('FST_')) return error;
-  return new CaravanError('invalid_request', `the form is malformed: ${message ?? code}`);
+  const { code, message = '' } = error as { code?: unknown; message?: string };
+  if (error instanceof CaravanError) return error;
+  // Its reader's own errors have no code.
+  const isOfForm =
+    (typeof code === 'string' && code.startsWith('FST_')) ||
+    /^(Unexpected end of|Malformed|Multipart:|Boundary)/.test(message);
+  if (!isOfForm) return error;
+  return new CaravanError('invalid_request', `the form is malformed: ${message}`);
 }

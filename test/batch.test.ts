@@ -23,6 +23,10 @@ const request = (customId: string, body: Readonly<Record<string, unknown>>): str
     body: { model, max_tokens: 3, ...body },
   });
 
+interface ErrorBody {
+  readonly error: { readonly code: string };
+}
+
 const question = (text: string) => ({ messages: [{ role: 'user', content: text }] });
 
 async function upload(lines: readonly string[]): Promise<OpenAI.FileObject> {
@@ -283,6 +287,11 @@ void test('what cannot be a file or a batch is refused, with its field', async (
   );
   const names = (await client.files.list()).data.map(({ filename }) => filename);
   assert.ok(!names.includes('large.jsonl') && !names.includes('x'));
-  const plain = await fetch(`${world.url}/v1/files`, { method: 'POST', body: 'x' });
-  assert.equal(plain.status, 400);
+  const forms = [undefined, 'multipart/form-data; boundary=x', 'multipart/form-data'];
+  for (const form of forms) {
+    const headers = form === undefined ? {} : { 'content-type': form };
+    const plain = await fetch(`${world.url}/v1/files`, { method: 'POST', headers, body: '"x"' });
+    assert.equal(plain.status, 400, form);
+    assert.equal(((await plain.json()) as ErrorBody).error.code, 'invalid_request', form);
+  }
 });
