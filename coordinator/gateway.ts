@@ -10,6 +10,7 @@ import { Journal } from './journal.js';
 import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
 import { Store } from './store.js';
+import { ResponseRecords } from './store-responses.js';
 import { BatchRecords } from './store-batches.js';
 import { FileRecords } from './store-files.js';
 
@@ -51,11 +52,12 @@ export async function runGateway(
   const models = new Models(store);
   const fileRecords = await FileRecords.open(redisUrl, 'impatient', onRedisError);
   const batchRecords = await BatchRecords.open(redisUrl, 'impatient', onRedisError);
+  const responses = await ResponseRecords.open(redisUrl, 'impatient', onRedisError);
   const files = new Files(storage, fileRecords, fileLimits);
   const batchNeeds = { records: batchRecords, files, models, journal, answers };
   const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
   const routes = { store, journal, answers, models, metrics, stopping };
-  const app = createHttpServer({ ...routes, files, batches, batchRecords }, log);
+  const app = createHttpServer({ ...routes, responses, files, batches, batchRecords }, log);
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
   try {
@@ -69,6 +71,7 @@ export async function runGateway(
     await runningBatches;
     batchRecords.close();
     fileRecords.close();
+    responses.close();
     await answers.close();
     journal.close();
     store.close();

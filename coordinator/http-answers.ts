@@ -3,6 +3,7 @@ import type { FastifyInstance, FastifyReply } from 'fastify';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { AnswerEvent, Answers } from './answers.js';
 import { Choice } from './choice.js';
+import { whileThere } from './http-leaving.js';
 import { EventStream } from './http-stream.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import type { Journal } from './journal.js';
@@ -104,18 +105,8 @@ class Answer {
     this.#routes = routes;
     this.#head = head;
     this.#startMs = startMs;
-    const left = new AbortController();
-    this.#signal = AbortSignal.any([left.signal, routes.stopping]);
-    const onClose = (): void => {
-      // Closed after the last byte is the normal end; closed because we stop is not the client's wish.
-      if (reply.raw.writableFinished || routes.stopping.aborted) return;
-      left.abort(new CaravanError('cancelled', 'the client left'));
-      // The job's own ending may have come first; then there is nothing to cancel.
-      if (isOwner) routes.answers.cancel(head.jobId, head.request.model).catch(() => undefined);
-    };
-    // A client may have left while its job was being queued.
-    if (reply.raw.destroyed) onClose();
-    else reply.raw.once('close', onClose);
+    const { jobId, request } = head;
+    this.#signal = whileThere(routes, reply, isOwner ? { jobId, model: request.model } : null);
   }
 
   /** Waits for the end. @throws CaravanError for a job that did not complete. */
@@ -168,7 +159,7 @@ class Answer {
         const isSilent = piece.deltas?.length === 0 || piece.text === '';
         if (isSilent && piece.tokens.length === 0) continue;
         const shown = { ...piece, index, finishReason: null };
-        await stream.send(chunkBody(head, shown), idOf(positions));
+        await stream.send(chunkBody(head, shown), { id: idOf(positions) });
       }
     } catch (thrown) {
       // The status line is long gone: the error is an event, as OpenAI's clients expect.
@@ -190,13 +181,13 @@ class Answer {
     if ((piece.text !== '' || piece.tokens.length > 0) && endPart < 1) {
       positions[index] = { offset: endOffset, endPart: 1 };
       const shown = { ...piece, index, finishReason: null };
-      await stream.send(chunkBody(this.#head, shown), idOf(positions));
+      await stream.send(chunkBody(this.#head, shown), { id: idOf(positions) });
     }
     positions[index] = { offset: endOffset, endPart: 2 };
     if (endPart < 2) {
       const { callCount } = choice;
       const shown = { index, text: '', tokens: [], finishReason, callCount };
-      await stream.send(chunkBody(this.#head, shown), idOf(positions));
+      await stream.send(chunkBody(this.#head, shown), { id: idOf(positions) });
     }
   }
 }

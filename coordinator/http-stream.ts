@@ -28,11 +28,15 @@ export class EventStream {
     return !this.#raw.destroyed && !this.#raw.writableEnded;
   }
 
-  /** Sends one event, and waits when the client reads more slowly than we write. */
-  async send(data: unknown, id?: string): Promise<void> {
+  /** Sends one event, and waits when the client reads more slowly than we write. @param event its name, if any. */
+  async send(
+    data: unknown,
+    { id, event: name }: { id?: string; event?: string } = {},
+  ): Promise<void> {
     if (!this.isOpen) return;
     const text = typeof data === 'string' ? data : JSON.stringify(data);
-    const event = `${id === undefined ? '' : `id: ${id}\n`}data: ${text}\n\n`;
+    const named = name === undefined ? '' : `event: ${name}\n`;
+    const event = `${id === undefined ? '' : `id: ${id}\n`}${named}data: ${text}\n\n`;
     if (this.#raw.write(event)) return;
     await new Promise<void>((resolve) => {
       const done = (): void => {

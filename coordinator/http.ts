@@ -4,17 +4,19 @@ import type { Socket } from 'node:net';
 import Fastify, { type FastifyInstance } from 'fastify';
 import type { Logger } from 'pino';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
-import { addAnswerRoutes, type AnswerRoutes } from './http-answers.js';
+import { addAnswerRoutes } from './http-answers.js';
 import { addBatchRoutes, type BatchRoutes } from './http-batches.js';
 import { addFileRoutes, type FileRoutes } from './http-files.js';
+import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
+import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { errorBody, modelBody } from './openai-answer.js';
 import type { Store } from './store.js';
 
 const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
 
-export interface HttpRoutes extends AnswerRoutes, FileRoutes, BatchRoutes {
+export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes {
   readonly store: Store;
   readonly metrics: GatewayMetrics;
 }
@@ -59,6 +61,8 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   });
 
   addAnswerRoutes(app, routes);
+  addResponseRoutes(app, routes);
+  addTokenizeRoutes(app, routes);
   addModelRoutes(app, routes);
   addFileRoutes(app, routes);
   addBatchRoutes(app, routes);

@@ -1,0 +1,129 @@
+/** /v1/responses: answers that remember what was said before. The conversation is in Redis, its answers in journals. */
+import type { FastifyInstance, FastifyReply } from 'fastify';
+import { CaravanError, toCaravanError } from '../proto/errors.js';
+import type { AnswerRoutes } from './http-answers.js';
+import { whileThere } from './http-leaving.js';
+import { EventStream } from './http-stream.js';
+import { modelNameOf } from './openai.js';
+import type { AnswerHead } from './openai-answer.js';
+import { newResponseId, ResponseEvents, responseBodyOf } from './openai-response-body.js';
+import { askResponse, parseResponseBody } from './openai-responses.js';
+import { newJobId } from './journal.js';
+import type { ResponseMessage, ResponseRecord, ResponseRecords } from './store-responses.js';
+
+export interface ResponseRoutes extends AnswerRoutes {
+  readonly responses: ResponseRecords;
+}
+
+type Head = Omit<AnswerHead, 'kind'>;
+
+export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes): void {
+  app.post('/v1/responses', async (request, reply) => {
+    const startMs = performance.now();
+    const model = await routes.models.find(modelNameOf(request.body));
+    const body = parseResponseBody(request.body);
+    const { previous_response_id: previous } = body;
+    const earlier = previous == null ? [] : await conversationOf(routes, previous);
+    const { asked, messages, echoed } = askResponse(body, earlier, model);
+    const jobId = newJobId();
+    const createdS = Math.floor(Date.now() / 1000);
+    const id = newResponseId(jobId);
+    const record: ResponseRecord = { version: 1, id, jobId, createdS, messages, echoed };
+    // Kept before it is queued: an answer that is there must be found.
+    if (body.store !== false) await routes.responses.keep(record);
+    await routes.answers.submit(asked, jobId);
+    void reply.header('x-caravan-job', jobId);
+    const head: Head = { jobId, createdS, request: asked.request, tokenizer: model.tokenizer };
+    const signal = whileThere(routes, reply, { jobId, model: model.card.name });
+    if (asked.isStream) {
+      await stream(routes, reply, record, head, startMs, signal);
+      return undefined;
+    }
+    const { text, finishReason, usage } = await wholeOf(routes, head, startMs, signal);
+    return responseBodyOf(record, { kind: 'ended', text, finishReason, usage });
+  });
+
+  app.get<{ Params: { id: string } }>('/v1/responses/:id', async ({ params: { id } }) => {
+    const record = await routes.responses.find(id);
+    const job = record === null ? null : await routes.journal.job(record.jobId);
+    if (record === null || job === null) throw unknownResponse(id);
+    const { ending, request } = job;
+    if (ending === null) return responseBodyOf(record, { kind: 'running' });
+    if (ending.status !== 'completed') {
+      return responseBodyOf(record, { kind: 'failed', message: `the job is ${ending.status}` });
+    }
+    const { tokenizer } = await routes.models.find(job.model);
+    const head: Head = { ...record, request, tokenizer };
+    const { text } = await wholeOf(routes, head, null, routes.stopping);
+    return responseBodyOf(record, { ...ending, kind: 'ended', text });
+  });
+
+  app.delete<{ Params: { id: string } }>('/v1/responses/:id', async ({ params: { id } }) => {
+    if (!(await routes.responses.forget(id))) throw unknownResponse(id);
+    return { id, object: 'response', deleted: true };
+  });
+}
+
+const unknownResponse = (id: string): CaravanError =>
+  new CaravanError('not_found', `response ${id} is not known (responses are kept for a day)`);
+
+/** What was said up to and with a response. @throws CaravanError for one that is unknown or has no answer. */
+async function conversationOf(routes: ResponseRoutes, id: string): Promise<ResponseMessage[]> {
+  const param = 'previous_response_id';
+  const record = await routes.responses.find(id);
+  const job = record === null ? null : await routes.journal.job(record.jobId);
+  if (record === null || job === null) {
+    const { message } = unknownResponse(id);
+    throw new CaravanError('not_found', `${param}: ${message}`, { param });
+  }
+  if (job.ending?.status !== 'completed') {
+    const status = job.ending?.status ?? 'not finished';
+    throw new CaravanError('invalid_request', `${param}: response ${id} is ${status}`, { param });
+  }
+  const { tokenizer } = await routes.models.find(job.model);
+  const head: Head = { ...record, request: job.request, tokenizer };
+  const { text } = await wholeOf(routes, head, null, routes.stopping);
+  return [...record.messages, { role: 'assistant', content: text }];
+}
+
+async function wholeOf(
+  { answers }: ResponseRoutes,
+  head: Head,
+  startMs: number | null,
+  signal: AbortSignal,
+) {
+  const { choices, usage } = await answers.wholeChoices(head, startMs, signal);
+  const { text, finishReason } = choices[0]!;
+  return { text, usage, finishReason: finishReason! };
+}
+
+async function stream(
+  { answers }: ResponseRoutes,
+  reply: FastifyReply,
+  record: ResponseRecord,
+  head: Head,
+  startMs: number,
+  signal: AbortSignal,
+): Promise<void> {
+  const out = new EventStream(reply, { 'x-caravan-job': record.jobId });
+  const events = new ResponseEvents(record);
+  const send = (event: { readonly type: string }): Promise<void> =>
+    out.send(event, { event: event.type });
+  try {
+    for (const event of events.start()) await send(event);
+    let finishReason: 'stop' | 'length' = 'stop';
+    for await (const event of answers.follow(head, [0], startMs, signal)) {
+      if (event.kind === 'completed') {
+        for (const last of events.end(finishReason, event.usage)) await send(last);
+        return;
+      }
+      const text = event.kind === 'tokens' ? event.texts.join('') : event.text;
+      if (event.kind === 'finish') finishReason = event.finishReason;
+      if (text !== '') await send(events.delta(text));
+    }
+  } catch (thrown) {
+    if (!signal.aborted) await send(events.fail(toCaravanError(thrown).message));
+  } finally {
+    out.end();
+  }
+}

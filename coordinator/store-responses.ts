@@ -1,0 +1,66 @@
+/**
+ * Responses that can be asked for again, and continued.
+ *
+ *   caravan:{RESPONSE}:response   what was asked, as JSON; what was answered stands in the job's journal
+ */
+import type { Redis } from 'ioredis';
+import { asCall, connectRedis, type Patience } from './store-connection.js';
+
+export interface ResponseMessage {
+  readonly role: string;
+  readonly content: string;
+}
+
+export interface ResponseRecord {
+  readonly version: 1;
+  readonly id: string;
+  readonly jobId: string;
+  readonly createdS: number;
+  /** The conversation that was asked, without instructions: they are not handed on. */
+  readonly messages: readonly ResponseMessage[];
+  /** The fields of the response that only repeat the request. */
+  readonly echoed: Readonly<Record<string, unknown>>;
+}
+
+/** No longer than the journals of jobs that have ended. */
+const RETENTION_S = 24 * 3600;
+
+const keyOf = (id: string): string => `caravan:{${id}}:response`;
+
+export class ResponseRecords {
+  readonly #url: string;
+  readonly #redis: Redis;
+
+  private constructor(url: string, redis: Redis) {
+    this.#url = url;
+    this.#redis = redis;
+  }
+
+  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
+  static async open(
+    url: string,
+    patience: Patience,
+    onError?: (error: Error) => void,
+  ): Promise<ResponseRecords> {
+    return new ResponseRecords(url, await connectRedis(url, patience, onError));
+  }
+
+  async keep(record: ResponseRecord): Promise<void> {
+    const text = JSON.stringify(record);
+    await asCall(this.#url, () => this.#redis.set(keyOf(record.id), text, 'EX', RETENTION_S));
+  }
+
+  async find(id: string): Promise<ResponseRecord | null> {
+    const text = await asCall(this.#url, () => this.#redis.get(keyOf(id)));
+    return text === null ? null : (JSON.parse(text) as ResponseRecord);
+  }
+
+  /** @returns whether it was there. */
+  async forget(id: string): Promise<boolean> {
+    return (await asCall(this.#url, () => this.#redis.del(keyOf(id)))) === 1;
+  }
+
+  close(): void {
+    this.#redis.disconnect();
+  }
+}
