@@ -48,8 +48,8 @@ function requestLine(i: number): string {
   const body = {
     model: engine.model,
     prompt,
-    temperature: 0,
-    max_tokens: isBad(i) ? 0 : TOKENS,
+    temperature: isBad(i) ? 9 : 0,
+    max_tokens: TOKENS,
     ignore_eos: true,
   };
   const head = { custom_id: `line ${i}`, method: 'POST', url: '/v1/completions' };
@@ -134,7 +134,7 @@ void test('a batch outlives the gateways that run it', { timeout: TIMEOUT_MS }, 
     );
     for (const { response } of errors) {
       assert.equal(response!.status_code, 400);
-      assert.equal(response!.body.error.param, 'max_tokens');
+      assert.equal(response!.body.error.param, 'temperature');
     }
     const { active, waiting, completed } = await queue.counts();
     assert.equal(active + waiting, 0);
