@@ -1,0 +1,42 @@
+/** The examples run as a user runs them, against the embedded model. */
+import assert from 'node:assert/strict';
+import { execFile } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test } from 'node:test';
+import { promisify } from 'node:util';
+import { packageRoot } from '../coordinator/package-root.js';
+import { startUp } from './up-process.js';
+
+const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-examples-'));
+const up = await startUp(path.join(scratch, 'state'), ['--exact']);
+after(async () => {
+  await up.stop();
+  fs.rmSync(scratch, { recursive: true, force: true });
+});
+
+async function run(name: string): Promise<string> {
+  const file = path.join(packageRoot, 'dist/examples', `${name}.js`);
+  const { stdout } = await promisify(execFile)(process.execPath, [file, up.url], {
+    timeout: 60_000,
+  });
+  return stdout;
+}
+
+void test('the customer-service assistant looks something up and answers', async () => {
+  const [call, ...answer] = (await run('customer-service')).split('\n');
+  assert.match(
+    call!,
+    /^(order\(\{ ?"item": ?"(lamp|rug)" ?\}\) = (lamp: on its way|rug: not paid)|call_back\(.*\d+ ?\}\) = we call at (9|1\d) o'clock)$/,
+  );
+  assert.match(answer.join('\n'), /^assistant: [^]{10,}/);
+});
+
+void test('the decision form is filled in', async () => {
+  const decision = JSON.parse(await run('decision-form')) as Record<string, unknown>;
+  const names = ['advice', 'confidencePercent', 'reasons', 'costEuro', 'askAgainOn'];
+  assert.deepEqual(Object.keys(decision), names);
+  assert.ok(['yes', 'no', 'later'].includes(decision['advice'] as string));
+  assert.ok((decision['reasons'] as string[]).length >= 1);
+});
