@@ -4,10 +4,9 @@
  */
 import { randomUUID } from 'node:crypto';
 import os from 'node:os';
-import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import type { Checkpoint } from '../model/checkpoint.js';
+import { checkpointName, type Checkpoint } from '../model/checkpoint.js';
 import { readGenerationDefaults } from '../model/generation-config.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
@@ -193,7 +192,7 @@ function checkVocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer): void {
   if (tokenizer.vocabSize > vocabSize) {
     throw new CaravanError(
       'invalid_checkpoint',
-      `${checkpoint.path}: the tokenizer has ${tokenizer.vocabSize} tokens, config.json's vocab_size is ${vocabSize}`,
+      `${checkpoint.path}: the tokenizer has ${tokenizer.vocabSize} tokens, the model's vocabulary ${vocabSize}`,
     );
   }
 }
@@ -207,7 +206,7 @@ function cardOf(
 ): ModelCard {
   return {
     version: 1,
-    name: options.servedModelName ?? path.basename(checkpoint.path),
+    name: options.servedModelName ?? checkpointName(checkpoint.path),
     digest: checkpoint.digest,
     createdS: Math.floor(Date.now() / 1000),
     vocabSize: checkpoint.config.vocabSize,

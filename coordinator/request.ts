@@ -112,7 +112,7 @@ export type Ending =
 /** What gateways and tools must know of a model, published to Redis by its coordinators. */
 export interface ModelCard {
   readonly version: 1;
-  /** Name that requests use: the folder's name unless --served-model-name says otherwise. */
+  /** Name that requests use: the folder's or the file's name unless --served-model-name says otherwise. */
   readonly name: string;
   /** SHA-256 (hex) of the checkpoint's headers. */
   readonly digest: string;

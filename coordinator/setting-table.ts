@@ -70,7 +70,7 @@ export const settingTable = {
   }),
   servedModelName: optional({
     argument: '<name>',
-    description: "name that requests use (default: the folder's name)",
+    description: "name that requests use (default: the folder's, or the file's)",
     rule: 'a name of letters, digits and . _ - /',
     schema: z.string().regex(/^[\w.\-/]{1,128}$/),
   }),

@@ -46,6 +46,10 @@ export function resolveModelPath(model: string | undefined): string {
   return path.resolve(model);
 }
 
+/** The folder's name, or a GGUF file's without its ending and, of a split one, without the number of the part. */
+export const checkpointName = (model: string): string =>
+  path.basename(model).replace(/(?<=.)(-\d{5}-of-\d{5})?\.gguf$/i, '');
+
 /**
  * Opens what `resolveModelPath` gave, by its layout. Reads headers only.
  *
