@@ -63,7 +63,7 @@ export function attentionInGraph(
   const keyWidth = plan.kvHeads.count * headSize;
   const delta = graph.sumPartials(partials);
   graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', 'newH');
-  graph.linear('x', weights.qkv, 'qkv');
+  graph.linear('x', weights.qkv, 'qkv', 'fine');
   splitLast(graph, 'qkv', [queryWidth, keyWidth, keyWidth], ['q.flat', 'k.flat', 'v']);
   for (const [name, heads] of [
     ['q', plan.queryHeads.count],
@@ -134,12 +134,13 @@ export function ffnGraph(
   const graph = new GraphBuilder();
   const delta = graph.sumPartials(residualInputs(graph, shape));
   graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', 'newH');
-  graph.linear('x', weights.gateUp, 'gateUp');
+  graph.linear('x', weights.gateUp, 'gateUp', 'fine');
   splitLast(graph, 'gateUp', [plan.ffn.count, plan.ffn.count], ['gate', 'up']);
   // x · sigmoid(x)
   graph.node('QuickGelu', ['gate'], ['gate.silu'], [float('alpha', 1)], MICROSOFT);
   graph.node('Mul', ['gate.silu', 'up'], ['gated']);
-  graph.linear('gated', weights.down, 'partial');
+  // Llama's massive activations: the first token's, above all.
+  graph.linear('gated', weights.down, 'partial', 'fine');
   graph.output('newH', float32, [1, 'rows', config.hiddenSize]);
   graph.output('partial', float32, [1, 'rows', config.hiddenSize]);
   return graph.finish();
@@ -160,7 +161,7 @@ export function headGraph(
   });
   const delta = graph.sumPartials(partials);
   graph.addAndNorm(h!, delta, weights.norm, config.normEps, 'x', '');
-  graph.linear('x', weights.head, 'logits');
+  graph.linear('x', weights.head, 'logits', 'fine');
   graph.output('logits', float32, [1, 'sampled', plan.vocab.count]);
   return graph.finish();
 }
