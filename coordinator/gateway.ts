@@ -9,22 +9,27 @@ import { createHttpServer } from './http.js';
 import { Journal } from './journal.js';
 import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
+import { Backlog } from './queue-backlog.js';
+import { ScalerServer } from './scaler.js';
 import { Store } from './store.js';
 import { ResponseRecords } from './store-responses.js';
 import { BatchRecords } from './store-batches.js';
 import { FileRecords } from './store-files.js';
+import { WorkMeter } from './work.js';
 
 export interface GatewayOptions {
   readonly redisUrl: string;
   readonly host: string;
   /** 0 takes a free one. */
   readonly port: number;
+  /** Where KEDA asks for the work there is; 0 takes a free one, left out serves none. */
+  readonly scalerPort?: number | undefined;
   /** Of uploaded files and of batch results; gateways of one Redis should share it. */
   readonly storage: FileStorage;
   readonly fileLimits: FileLimits;
   readonly batchLimits: BatchLimits;
-  /** Called once, with the address that is served. */
-  readonly onReady: (url: string) => void;
+  /** Called once, with the address that is served, and the scaler's port. */
+  readonly onReady: (url: string, scalerPort: number | null) => void;
 }
 
 /** Batches take what nobody else wants: the least urgent of JobTerms. */
@@ -37,11 +42,12 @@ const BATCH_PRIORITY = 1000;
  * @throws CaravanError `bad_usage` when the port is taken, `redis_unavailable`.
  */
 export async function runGateway(
-  { redisUrl, host, port, storage, fileLimits, batchLimits, onReady }: GatewayOptions,
+  options: GatewayOptions,
   draining: AbortSignal,
   stopping: AbortSignal,
   log: Logger,
 ): Promise<void> {
+  const { redisUrl, host, port, scalerPort, storage, fileLimits, batchLimits, onReady } = options;
   const onRedisError = (error: Error): void => {
     log.warn({ redis: error.message }, 'Redis');
   };
@@ -53,22 +59,28 @@ export async function runGateway(
   const fileRecords = await FileRecords.open(redisUrl, 'impatient', onRedisError);
   const batchRecords = await BatchRecords.open(redisUrl, 'impatient', onRedisError);
   const responses = await ResponseRecords.open(redisUrl, 'impatient', onRedisError);
+  const backlog = await Backlog.open(redisUrl, 'impatient', onRedisError);
+  const work = new WorkMeter(backlog, store);
   const files = new Files(storage, fileRecords, fileLimits);
   const batchNeeds = { records: batchRecords, files, models, journal, answers };
   const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
-  const routes = { store, journal, answers, models, metrics, stopping };
+  const routes = { store, journal, answers, models, metrics, work, stopping };
   const app = createHttpServer({ ...routes, responses, files, batches, batchRecords }, log);
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
+  const scaler = scalerPort === undefined ? null : new ScalerServer(work);
   try {
+    const boundScalerPort = (await scaler?.listen(host, scalerPort!)) ?? null;
     const url = await listen(() => app.listen({ host, port }), host, port);
     log.info({ url }, 'serving');
-    onReady(url);
+    onReady(url, boundScalerPort);
     runningBatches = batches.run(over);
     await aborted(over);
     await app.close();
   } finally {
     await runningBatches;
+    scaler?.close();
+    backlog.close();
     batchRecords.close();
     fileRecords.close();
     responses.close();

@@ -13,12 +13,14 @@ import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { errorBody, modelBody } from './openai-answer.js';
 import type { Store } from './store.js';
+import type { WorkMeter } from './work.js';
 
 const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
 
 export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes {
   readonly store: Store;
   readonly metrics: GatewayMetrics;
+  readonly work: WorkMeter;
 }
 
 /** The server, not listening yet. */
@@ -108,7 +110,7 @@ function addModelRoutes(app: FastifyInstance, { models }: HttpRoutes): void {
 }
 
 function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
-  const { store, metrics, models, answers } = routes;
+  const { store, metrics, models, answers, work } = routes;
   app.get('/livez', () => ({ status: 'ok' }));
   app.get('/readyz', async () => {
     const engines = await store.engines();
@@ -121,6 +123,7 @@ function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
     metrics.setEngines(counts);
     for (const { name } of await models.cards()) {
       metrics.setQueue(name, { ...(await answers.queueOf(name).counts()) });
+      metrics.setWork(name, (await work.measure(name)).seconds);
     }
     void reply.type(metrics.contentType);
     return metrics.text();

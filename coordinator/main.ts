@@ -20,6 +20,7 @@ import { JobTaker } from './queue.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
 import { HEARTBEAT_EVERY_MS, Store } from './store.js';
+import { Throughput } from './throughput.js';
 
 export interface CoordinatorOptions {
   /** HOST:PORT of every rank, in rank order. */
@@ -71,6 +72,7 @@ export async function runCoordinator(
   const journal = await Journal.open(options.redisUrl, 'patient', onRedisError);
   const taker = new JobTaker(options.redisUrl, card.name, onRedisError);
   const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
+  const throughput = new Throughput();
   let isReady = false;
   const startMs = performance.now();
   try {
@@ -101,10 +103,13 @@ export async function runCoordinator(
         const engine = new RankEngine(ranks, tokenizer, {
           ...spec,
           isExact: options.isExact,
-          ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
+          onStep: (figures) => {
+            throughput.add(figures.rows, figures.totalMs);
+            options.onStep?.(figures);
+          },
         });
         const runner = new JobRunner(engine, journal, taker, engineId, log);
-        await serve(engine, runner, store, card, engineId, options, draining, stopping);
+        await serve(engine, runner, store, card, engineId, throughput, options, draining, stopping);
       } catch (thrown) {
         if (isOver()) return;
         const error = toCaravanError(thrown);
@@ -143,6 +148,7 @@ async function serve(
   store: Store,
   card: ModelCard,
   engineId: string,
+  throughput: Throughput,
   options: CoordinatorOptions,
   draining: AbortSignal,
   stopping: AbortSignal,
@@ -150,6 +156,7 @@ async function serve(
   const engineDone = new AbortController();
   const engineLost = new AbortController();
   const beat = (): void => {
+    const { tokensPerSecond } = throughput;
     store
       .beat({
         model: card.name,
@@ -157,6 +164,7 @@ async function serve(
         active: engine.sequenceCount,
         slots: card.maxBatchSize,
         tp: options.ranks.length,
+        ...(tokensPerSecond === null ? {} : { tokensPerSecond }),
       })
       // The next beat tries again.
       .catch(() => undefined);

@@ -9,6 +9,11 @@ export class GatewayMetrics {
     'model',
     'state',
   ]);
+  readonly #workSeconds = this.#gauge(
+    'caravan_work_seconds',
+    'Seconds that one engine would need for all jobs that wait or run: what the scaler answers',
+    ['model'],
+  );
   readonly #engines = this.#gauge('caravan_engines', 'Engines that are alive', ['model']);
 
   readonly requests = new Counter({
@@ -48,6 +53,11 @@ export class GatewayMetrics {
     for (const [state, count] of Object.entries(states)) {
       this.#queueJobs.set({ model, state }, count);
     }
+  }
+
+  /** Sets the seconds of work of one model. */
+  setWork(model: string, seconds: number): void {
+    this.#workSeconds.set({ model }, seconds);
   }
 
   /** Sets the engines by model. */

@@ -32,7 +32,7 @@ export interface QueueCounts {
 }
 
 /** BullMQ's name of a model's queue; it allows no colon. */
-const queueName = (model: string): string => `caravan-${model.replace(/[^\w.-]/g, '_')}`;
+export const queueName = (model: string): string => `caravan-${model.replace(/[^\w.-]/g, '_')}`;
 
 const connectionOf = (url: string, patience: Patience) => {
   const { hostname, port, username, password, pathname, protocol } = new URL(url);

@@ -4,12 +4,14 @@
  *
  *   caravan:cards                     hash: name → card
  *   caravan:engine:{MODEL}:ENGINE     a key that an engine renews; gone soon after the engine is
+ *   caravan:rates                     hash: name → tokens a second of the engine that beat last; stays as cards do
  */
 import type { Redis } from 'ioredis';
 import type { ModelCard } from './request.js';
 import { asCall, connectRedis, type Patience } from './store-connection.js';
 
 const CARDS = 'caravan:cards';
+const RATES = 'caravan:rates';
 /** An engine that has not beaten for this long is gone. */
 const HEARTBEAT_TTL_MS = 6_000;
 export const HEARTBEAT_EVERY_MS = 2_000;
@@ -21,6 +23,8 @@ export interface EngineBeat {
   readonly active: number;
   readonly slots: number;
   readonly tp: number;
+  /** Prompt and output tokens that it computes in a second; left out before its first step. */
+  readonly tokensPerSecond?: number;
 }
 
 export interface RedisHealth {
@@ -68,6 +72,16 @@ export class Store {
   async beat(beat: EngineBeat): Promise<void> {
     const key = engineKey(beat.model, beat.engineId);
     await this.#call(() => this.#redis.set(key, JSON.stringify(beat), 'PX', HEARTBEAT_TTL_MS));
+    const { tokensPerSecond } = beat;
+    if (tokensPerSecond !== undefined) {
+      await this.#call(() => this.#redis.hset(RATES, beat.model, tokensPerSecond));
+    }
+  }
+
+  /** Tokens a second of the model's engine that beat last; null when none was ever measured. */
+  async lastRate(model: string): Promise<number | null> {
+    const rate = await this.#call(() => this.#redis.hget(RATES, model));
+    return rate === null ? null : Number(rate);
   }
 
   /** An engine that ends says so. */

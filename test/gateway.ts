@@ -20,6 +20,8 @@ import { startRedis, type RedisServer } from './redis-server.js';
 
 export interface TestGateway {
   readonly url: string;
+  /** Where KEDA would ask. */
+  readonly scalerPort: number;
   readonly redis: RedisServer;
   readonly store: Store;
   readonly journal: Journal;
@@ -67,9 +69,14 @@ export async function startGateway(storage?: FileStorage): Promise<TestGateway> 
   const draining = new AbortController();
   const stopping = new AbortController();
   let ended: Promise<void> = Promise.resolve();
+  let scalerPort = 0;
   const url = await new Promise<string>((resolve, reject) => {
+    const onReady = (served: string, bound: number | null): void => {
+      scalerPort = bound ?? 0;
+      resolve(served);
+    };
     const options = {
-      ...{ redisUrl: redis.url, host: '127.0.0.1', port: 0, onReady: resolve },
+      ...{ redisUrl: redis.url, host: '127.0.0.1', port: 0, scalerPort: 0, onReady },
       storage: storage ?? new FileFolder(folder),
       fileLimits: { fileBytes: 1_000_000, storedBytes: 10_000_000 },
       batchLimits: { lines: 1000, open: 10, linesInFlight: 16 },
@@ -86,6 +93,7 @@ export async function startGateway(storage?: FileStorage): Promise<TestGateway> 
   };
   return {
     url,
+    scalerPort,
     redis,
     store,
     journal,

@@ -45,7 +45,10 @@ const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
   ['onnxruntime-node', /^worker\/ort/],
   ['bullmq', /^coordinator\/queue/],
   ['ioredis', /^coordinator\/(queue|journal|store)/],
-  ['@grpc/grpc-js', /^(coordinator\/ranks|worker\/(service|lobby|peers|partial-codec))\.ts$/],
+  [
+    '@grpc/grpc-js',
+    /^(coordinator\/(ranks|scaler)|worker\/(service|lobby|peers|partial-codec))\.ts$/,
+  ],
   ['fastify', /^coordinator\/http/],
   ['@fastify/multipart', /^coordinator\/http-files/],
   ['@aws-sdk/client-s3', /^coordinator\/file-bucket/],

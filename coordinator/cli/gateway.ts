@@ -13,20 +13,25 @@ export function register(program: Command): void {
     .description('Runs the HTTP front: an OpenAI-compatible API over the queue.');
   const settings = declareSettings(
     command,
-    ['redis', 'host', 'port', ...fileSettingNames, 'logLevel'],
+    ['redis', 'host', 'port', 'scalerPort', ...fileSettingNames, 'logLevel'],
     { required: ['redis'] },
   );
   command.action(async () => {
     const s = settings();
-    const { redis, host, port, logLevel } = s;
+    const { redis, host, port, scalerPort, logLevel } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
     const limits = await fileSettings(s, folder);
     const { draining, stopping } = listenForShutdown();
-    const onReady = (url: string): void => {
-      reportReady({ url });
+    const onReady = (url: string, boundScalerPort: number | null): void => {
+      reportReady({ url, scalerPort: boundScalerPort });
     };
     const log = openLog('gateway', logLevel);
-    await runGateway({ redisUrl: redis, host, port, ...limits, onReady }, draining, stopping, log);
+    await runGateway(
+      { redisUrl: redis, host, port, scalerPort, ...limits, onReady },
+      draining,
+      stopping,
+      log,
+    );
     // Connections that wait for a dead Redis must not keep the process.
     process.exit(0);
   });

@@ -1,0 +1,173 @@
+/**
+ * How much work a model's queue holds, in tokens: of every job that waits, with a priority or without, of delayed
+ * ones that are due, and what is left of active ones.
+ *
+ *   remaining(job) = sum over its sequences of (prompt, unless its first token is written) + (limit - written)
+ *
+ * BullMQ moves delayed jobs only while an engine asks for some, so that at zero engines the due ones are counted
+ * by their time.
+ */
+import type { Redis } from 'ioredis';
+import { sequenceCount, sequenceRequest } from './job-sequences.js';
+import { jobKey, streamKey } from './journal-keys.js';
+import { queueName } from './queue.js';
+import type { Request } from './request.js';
+import { asCall, connectRedis, type Patience } from './store-connection.js';
+
+/** Tokens of one sequence before anything is computed. */
+interface SequenceSize {
+  readonly promptTokens: number;
+  readonly maxTokens: number;
+}
+
+export interface BacklogTokens {
+  /** Jobs of all four kinds. */
+  readonly jobs: number;
+  /** Prompt and output tokens that are still to be computed, at most. */
+  readonly tokens: number;
+}
+
+/** Jobs that are asked for in one round trip. */
+const PIPELINE_JOBS = 500;
+/** BullMQ keeps a delayed job by its time in milliseconds times this. */
+const DELAYED_SCORE_SCALE = 0x1000;
+
+export class Backlog {
+  readonly #url: string;
+  readonly #redis: Redis;
+  /** Sizes of the jobs of the last count, by model: they never change. */
+  readonly #sizes = new Map<string, ReadonlyMap<string, readonly SequenceSize[]>>();
+
+  private constructor(url: string, redis: Redis) {
+    this.#url = url;
+    this.#redis = redis;
+  }
+
+  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
+  static async open(
+    url: string,
+    patience: Patience,
+    onError?: (error: Error) => void,
+  ): Promise<Backlog> {
+    return new Backlog(url, await connectRedis(url, patience, onError));
+  }
+
+  /**
+   * @param maxSeqLen positions of a slot: an answer never goes beyond; null where no engine has said so yet.
+   * @throws CaravanError `redis_unavailable`.
+   */
+  async count(model: string, maxSeqLen: number | null): Promise<BacklogTokens> {
+    return asCall(this.#url, async () => {
+      const { waiting, active } = await this.#ids(model);
+      const sizes = await this.#sizesOf(model, [...waiting, ...active]);
+      let tokens = 0;
+      for (const id of waiting) tokens += remaining(sizes.get(id) ?? [], [], maxSeqLen);
+      const written = await this.#written(active, sizes);
+      for (const id of active) {
+        tokens += remaining(sizes.get(id) ?? [], written.get(id) ?? [], maxSeqLen);
+      }
+      return { jobs: waiting.length + active.length, tokens };
+    });
+  }
+
+  close(): void {
+    this.#redis.disconnect();
+  }
+
+  /** In one transaction, so that no job is seen twice or missed on its way. */
+  async #ids(model: string): Promise<{ waiting: string[]; active: string[] }> {
+    const key = (part: string): string => `bull:${queueName(model)}:${part}`;
+    const dueScore = String((Date.now() + 1) * DELAYED_SCORE_SCALE - 1);
+    const results = await this.#redis
+      .multi()
+      .lrange(key('wait'), 0, -1)
+      .lrange(key('paused'), 0, -1)
+      .zrange(key('prioritized'), 0, '-1')
+      .zrangebyscore(key('delayed'), 0, dueScore)
+      .lrange(key('active'), 0, -1)
+      .exec();
+    const lists = (results ?? []).map(([error, ids]) => {
+      if (error !== null) throw error;
+      return ids as string[];
+    });
+    // BullMQ's markers ("0:0") are no jobs.
+    const jobs = (list: readonly string[]): string[] => list.filter((id) => !id.startsWith('0:'));
+    return { waiting: lists.slice(0, 4).flatMap(jobs), active: jobs(lists[4] ?? []) };
+  }
+
+  async #sizesOf(
+    model: string,
+    ids: readonly string[],
+  ): Promise<ReadonlyMap<string, readonly SequenceSize[]>> {
+    const known = this.#sizes.get(model);
+    const sizes = new Map<string, readonly SequenceSize[]>();
+    const unknown: string[] = [];
+    for (const id of ids) {
+      const size = known?.get(id);
+      if (size === undefined) unknown.push(id);
+      else sizes.set(id, size);
+    }
+    for (let start = 0; start < unknown.length; start += PIPELINE_JOBS) {
+      const part = unknown.slice(start, start + PIPELINE_JOBS);
+      const pipeline = this.#redis.pipeline();
+      for (const id of part) pipeline.hget(jobKey(id), 'request');
+      const results = (await pipeline.exec()) ?? [];
+      for (const [i, [error, request]] of results.entries()) {
+        if (error !== null) throw error;
+        // A job without a journal ends as soon as it is taken.
+        if (typeof request === 'string')
+          sizes.set(part[i]!, sizeOf(JSON.parse(request) as Request));
+      }
+    }
+    this.#sizes.set(model, sizes);
+    return sizes;
+  }
+
+  /** Tokens that the journal has of each sequence of these jobs. */
+  async #written(
+    ids: readonly string[],
+    sizes: ReadonlyMap<string, readonly SequenceSize[]>,
+  ): Promise<ReadonlyMap<string, readonly number[]>> {
+    const written = new Map<string, number[]>();
+    const pipeline = this.#redis.pipeline();
+    const owners: string[] = [];
+    for (const id of ids) {
+      for (const index of (sizes.get(id) ?? []).keys()) {
+        pipeline.xrevrange(streamKey(id, index), '+', '-', 'COUNT', 1);
+        owners.push(id);
+      }
+    }
+    for (const [i, [error, entries]] of ((await pipeline.exec()) ?? []).entries()) {
+      if (error !== null) throw error;
+      const entryId = (entries as [string, string[]][])[0]?.[0];
+      const [tokens, part] = entryId?.split('-').map(Number) ?? [0, 0];
+      const id = owners[i]!;
+      // A sequence that is over has nothing left, however many tokens it was allowed.
+      written.set(id, [...(written.get(id) ?? []), part === 0 ? tokens! : Infinity]);
+    }
+    return written;
+  }
+}
+
+function sizeOf(request: Request): SequenceSize[] {
+  return Array.from({ length: sequenceCount(request) }, (_, index) => {
+    const { promptTokenIds, maxTokens } = sequenceRequest(request, index);
+    return { promptTokens: promptTokenIds.length, maxTokens };
+  });
+}
+
+function remaining(
+  sizes: readonly SequenceSize[],
+  written: readonly number[],
+  maxSeqLen: number | null,
+): number {
+  let tokens = 0;
+  for (const [index, { promptTokens, maxTokens }] of sizes.entries()) {
+    const done = written[index] ?? 0;
+    const most =
+      maxSeqLen === null ? maxTokens : Math.min(maxTokens, Math.max(0, maxSeqLen - promptTokens));
+    if (done === 0) tokens += promptTokens;
+    tokens += Math.max(0, most - done);
+  }
+  return tokens;
+}

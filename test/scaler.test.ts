@@ -1,0 +1,190 @@
+/** KEDA's calls over real gRPC, against a real BullMQ queue: what is counted, and that zero engines is a valid state. */
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { after, test } from 'node:test';
+import { credentials, type ServiceError } from '@grpc/grpc-js';
+import { Queue } from 'bullmq';
+import { Redis } from 'ioredis';
+import { newJobId } from '../coordinator/journal.js';
+import { JobTaker, queueName } from '../coordinator/queue.js';
+import type { Request } from '../coordinator/request.js';
+import { METRIC_NAME } from '../coordinator/scaler.js';
+import { Throughput } from '../coordinator/throughput.js';
+import { ExternalScalerClient, type IsActiveResponse } from '../proto/gen/externalscaler.js';
+import { startGateway } from './gateway.js';
+
+const gateway = await startGateway();
+after(() => gateway.stop());
+const { card, journal, redis, store } = gateway;
+const client = new ExternalScalerClient(
+  `127.0.0.1:${gateway.scalerPort}`,
+  credentials.createInsecure(),
+);
+after(() => {
+  client.close();
+});
+const queue = new Queue(queueName(card.name), { connection: { port: redis.port } });
+after(() => queue.close());
+
+type Metadata = Readonly<Record<string, string>>;
+const refOf = (metadata: Metadata) => ({
+  name: 'engines',
+  namespace: 'default',
+  scalerMetadata: { ...metadata },
+});
+const ours = { model: card.name, targetSeconds: '20', tokensPerSecond: '10' };
+
+const answered = <A>(call: (reply: (error: ServiceError | null, answer: A) => void) => unknown) =>
+  new Promise<A>((resolve, reject) => {
+    call((error, answer) => {
+      if (error === null) resolve(answer);
+      else reject(error);
+    });
+  });
+
+const isActive = async (metadata: Metadata): Promise<boolean> =>
+  (await answered<IsActiveResponse>((reply) => client.isActive(refOf(metadata), reply))).result;
+
+async function seconds(metadata: Metadata = ours): Promise<number> {
+  const request = { scaledObjectRef: refOf(metadata), metricName: METRIC_NAME };
+  const { metricValues } = await answered<{
+    metricValues: { metricName: string; metricValue: number; metricValueFloat: number }[];
+  }>((reply) => client.getMetrics(request, reply));
+  assert.deepEqual(
+    metricValues.map(({ metricName }) => metricName),
+    [METRIC_NAME],
+  );
+  assert.equal(metricValues[0]!.metricValue, Math.ceil(metricValues[0]!.metricValueFloat));
+  return metricValues[0]!.metricValueFloat;
+}
+
+const requestOf = (promptTokens: number, maxTokens: number, n = 1): Request => ({
+  version: 1,
+  model: card.name,
+  promptTokenIds: Array.from({ length: promptTokens }, () => 5),
+  sampling: { temperature: 0, topP: 1, topK: 0, seed: 1 },
+  maxTokens,
+  stop: [],
+  ignoreEos: true,
+  isTextStart: false,
+  ...(n === 1 ? {} : { n }),
+});
+
+async function add(request: Request, options: object): Promise<string> {
+  const id = newJobId();
+  await journal.create(id, request, { priority: 100, deadlineMs: null });
+  await queue.add('generate', {}, { jobId: id, ...options });
+  return id;
+}
+
+void test('waiting, prioritized, due and active jobs count with the tokens that are left', async () => {
+  assert.equal(await isActive(ours), false);
+  assert.equal(await seconds(), 0);
+  const stream = client.streamIsActive(refOf(ours));
+  const stated: boolean[] = [];
+  stream.on('error', () => undefined);
+  const heard = (): Promise<unknown> => once(stream, 'data');
+  stream.on('data', ({ result }: IsActiveResponse) => stated.push(result));
+  await heard();
+  assert.deepEqual(stated, [false]);
+
+  const becameActive = heard();
+  // Waiting without a priority; 10 + 30 tokens at 10 a second.
+  await add(requestOf(10, 30), {});
+  assert.equal(await seconds(), 4);
+  assert.equal(await isActive(ours), true);
+  await becameActive;
+  assert.deepEqual(stated, [false, true]);
+  stream.cancel();
+
+  // Prioritized, two sequences: the prompt is computed for each.
+  await add(requestOf(20, 40, 2), { priority: 100 });
+  assert.equal(await seconds(), 16);
+  // Delayed: far away it is no work; nobody moves it when its time has come, and it counts all the same.
+  const delayed = await add(requestOf(5, 5), { priority: 100, delay: 3_600_000 });
+  assert.equal(await seconds(), 16);
+  await moveDelayed(delayed, Date.now() - 1);
+  assert.equal(await seconds(), 17);
+  // A limit beyond the context counts to its end: 500 + 12 of 512.
+  const long = await add(requestOf(500, 4096), { priority: 1000 });
+  assert.equal(await seconds(), 68.2);
+  assert.equal(await gateway.store.card(card.name).then((found) => found?.maxSeqLen), 512);
+
+  // Active: what the journal has is done, and with its first token the prompt.
+  const taker = new JobTaker(redis.url, card.name, () => undefined);
+  const taken = await taker.take(AbortSignal.timeout(30_000));
+  assert.ok(taken);
+  assert.equal(await seconds(), 68.2);
+  const take = await gateway.take(taken.id);
+  assert.equal(take.request.promptTokenIds.length, 10);
+  await journal.append(take, 0, [1, 2, 3, 4, 5], ['a', 'b', 'c', 'd', 'e']);
+  assert.equal(await seconds(), 68.2 - 1.5);
+  const usage = { promptTokens: 10, completionTokens: 5 };
+  await journal.end(take, 5, { status: 'completed', finishReason: 'stop', usage }, '');
+  await taken.finish(false);
+  await (await queue.getJob(long))!.remove();
+  assert.equal(await seconds(), 13);
+  await taker.close();
+});
+
+/** Moves a delayed job's time. */
+async function moveDelayed(id: string, timeMs: number): Promise<void> {
+  const direct = new Redis(redis.url);
+  await direct.zadd(`bull:${queueName(card.name)}:delayed`, timeMs * 0x1000, id);
+  direct.disconnect();
+}
+
+void test('seconds follow the measured engines, then the last of them; the metric says the same', async () => {
+  const tokens = 10 * (await seconds());
+  const beat = { model: card.name, active: 0, slots: 4, tp: 2 };
+  await store.beat({ ...beat, engineId: 'one', tokensPerSecond: 40 });
+  await store.beat({ ...beat, engineId: 'two', tokensPerSecond: 60 });
+  await store.beat({ ...beat, engineId: 'unmeasured' });
+  assert.equal(await seconds(), tokens / 50);
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
+  assert.match(
+    metrics,
+    new RegExp(`^caravan_work_seconds\\{model="${card.name}"\\} ${tokens / 50}$`, 'm'),
+  );
+  for (const engine of ['one', 'two', 'unmeasured']) await store.retire(card.name, engine);
+  assert.equal(await seconds(), tokens / 60);
+});
+
+void test('a model that no engine has served yet asks for its first one', async () => {
+  assert.equal(await isActive({ model: 'newcomer' }), true);
+  assert.equal(await seconds({ model: 'newcomer' }), 0);
+});
+
+void test('the target is per engine, and bad metadata is refused by name', async () => {
+  const spec = await answered<{ metricSpecs: unknown[] }>((reply) =>
+    client.getMetricSpec(refOf(ours), reply),
+  );
+  assert.deepEqual(spec.metricSpecs, [
+    { metricName: METRIC_NAME, targetSize: 20, targetSizeFloat: 20 },
+  ]);
+  await assert.rejects(isActive({}), { code: 3, details: /metadata\.model/ });
+  await assert.rejects(isActive({ ...ours, targetSeconds: '-1' }), {
+    code: 3,
+    details: /metadata\.targetSeconds: must be above 0, got -1/,
+  });
+  const other = { scaledObjectRef: refOf(ours), metricName: 'other' };
+  await assert.rejects(
+    answered((reply) => client.getMetrics(other, reply)),
+    { code: 5 },
+  );
+});
+
+void test('steps of many rows say more of what an engine can than those of few', () => {
+  const throughput = new Throughput();
+  assert.equal(throughput.tokensPerSecond, null);
+  throughput.add(100, 1000);
+  assert.equal(throughput.tokensPerSecond, 100);
+  for (let i = 0; i < 200; i += 1) throughput.add(500, 1000);
+  assert.ok(Math.abs(throughput.tokensPerSecond - 500) < 1);
+});
+
+void test('while Redis is away KEDA is told so, in time', async () => {
+  await redis.kill();
+  await assert.rejects(seconds(), { code: 14 });
+  await redis.restart();
+});
