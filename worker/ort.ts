@@ -17,7 +17,6 @@ export const elementType = {
   int8: 3,
   int32: 6,
   int64: 7,
-  float16: 10,
 } as const;
 export type ElementType = (typeof elementType)[keyof typeof elementType];
 
