@@ -83,6 +83,8 @@ export interface EngineOptions {
   readonly isExact: boolean;
   /** Hears of every step, for metrics. */
   readonly onStep?: (figures: StepFigures) => void;
+  /** Hears that a sequence has left and its slot can be taken. Must return at once. */
+  readonly onSlotFree?: () => void;
 }
 
 export interface StepFigures {
@@ -373,6 +375,7 @@ export class RankEngine implements Engine {
   #leave(sequence: Sequence): void {
     this.#sequences = this.#sequences.filter((other) => other !== sequence);
     this.#slots.release(sequence.slot);
+    this.#options.onSlotFree?.();
   }
 
   /** The first reason stands; every sequence hears of it. */

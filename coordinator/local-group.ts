@@ -33,19 +33,25 @@ export function openChecked(model: string | undefined, tp: number): Checkpoint {
   return checkpoint;
 }
 
+/** A group that runs until it is closed. */
+export interface StartedGroup extends LocalGroup {
+  /** Ends the rank processes, and waits until they are gone. Idempotent. */
+  close(): Promise<void>;
+}
+
 /**
- * Runs `use` with a group of local rank processes, which end with it.
+ * Starts a group of local rank processes.
  *
- * @throws whatever opening the checkpoint, starting the ranks or `use` throws.
+ * @throws whatever opening the checkpoint or starting the ranks throws; no process is left then.
  */
-export async function withLocalGroup<T>(
-  options: LocalGroupOptions,
-  use: (group: LocalGroup) => Promise<T>,
-): Promise<T> {
+export async function startLocalGroup(options: LocalGroupOptions): Promise<StartedGroup> {
   const checkpoint = openChecked(options.model, options.tp);
   const { tp, device } = options;
   const { spec } = planGroup(checkpoint, tp, options);
   const started: LocalRank[] = [];
+  const stopAll = async (): Promise<void> => {
+    await Promise.all(started.splice(0).map(stopLocalRank));
+  };
   try {
     // What a rank has to say comes back as an error: a command's failure is one line.
     const starting = Array.from({ length: tp }, () =>
@@ -58,12 +64,30 @@ export async function withLocalGroup<T>(
       started.map(({ address }) => address),
       spec,
     );
-    try {
-      return await use({ checkpoint, ranks, spec });
-    } finally {
+    const close = async (): Promise<void> => {
       ranks.close();
-    }
+      await stopAll();
+    };
+    return { checkpoint, ranks, spec, close };
+  } catch (error) {
+    await stopAll();
+    throw error;
+  }
+}
+
+/**
+ * Runs `use` with a group of local rank processes, which end with it.
+ *
+ * @throws whatever starting the group or `use` throws.
+ */
+export async function withLocalGroup<T>(
+  options: LocalGroupOptions,
+  use: (group: LocalGroup) => Promise<T>,
+): Promise<T> {
+  const group = await startLocalGroup(options);
+  try {
+    return await use(group);
   } finally {
-    await Promise.all(started.map(stopLocalRank));
+    await group.close();
   }
 }

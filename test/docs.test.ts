@@ -56,6 +56,21 @@ void test('docs/errors.md lists exactly the codes that exist, with their facts',
   );
 });
 
+void test('docs/parity.md names tests that exist', () => {
+  const named = [...read('docs/parity.md').matchAll(/\| `([\w-]+): ([^`]+)` *\|$/gm)];
+  assert.ok(named.length > 20);
+  for (const [, file, name] of named) {
+    const source = read(`test/${file!}.test.ts`);
+    const found = [...source.matchAll(/\btest\(\s*(?:'([^'\n]+)'|"([^"\n]+)"|`([^`\n]+)`)/g)];
+    const isThere = found.some(([, single, double, template]) => {
+      const literal = (single ?? double ?? template!).replace(/[.*+?^(){}|[\]\\]/g, '\\$&');
+      // A name that is put together can say anything where it is.
+      return new RegExp(`^${literal.replace(/\$\\\{.*?\\\}/g, '.+')}$`).test(name!);
+    });
+    assert.ok(isThere, `${file!}: ${name!}`);
+  }
+});
+
 void test('links between the documents lead somewhere', () => {
   const documents = [
     'README.md',
