@@ -7,7 +7,8 @@
  */
 import { readFileSync } from 'node:fs';
 import { CaravanError } from '../proto/errors.js';
-import { settingTable, type Setting } from './setting-table.js';
+import type { Setting } from './setting.js';
+import { settingTable } from './setting-table.js';
 
 export type SettingName = keyof typeof settingTable;
 

@@ -9,14 +9,10 @@
  */
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
-import {
-  SampledRows,
-  type Adjustment,
-  type Chunk,
-  type Step,
-  type StepResult,
-} from '../proto/gen/cluster.js';
+import { SampledRows, type Chunk, type Step, type StepResult } from '../proto/gen/cluster.js';
+import { adjustmentOf } from './adjustment.js';
 import { coin, purpose } from './coin.js';
+import type { EngineLoad } from './engine-health.js';
 import { GrammarCache } from './grammar.js';
 import { MaskTable } from './mask-table.js';
 import type { Ranks } from './ranks.js';
@@ -99,19 +95,6 @@ export interface StepFigures {
   readonly stretchMs: number;
 }
 
-/** What ranks are told of a request's adjustment. */
-export function adjustmentOf({ promptTokenIds, sampling }: Request): Adjustment | undefined {
-  const { adjustment } = sampling;
-  if (adjustment === undefined) return undefined;
-  const { biases, ...penalties } = adjustment;
-  return {
-    ...penalties,
-    promptLength: promptTokenIds.length,
-    biasIds: biases.map(([id]) => id),
-    biases: biases.map(([, bias]) => bias),
-  };
-}
-
 /** A first guess until steps have been measured. */
 const FIRST_TOKEN_BUDGET = 32;
 /** Masks that ranks keep, of 4 KB each with a vocabulary of 32,000. */
@@ -129,6 +112,8 @@ export class RankEngine implements Engine {
   #stepNumber = 0;
   #tokenBudget: number;
   #wake: (() => void) | null = null;
+  /** When a step last ended, or work came to an idle engine. */
+  #movedMs = 0;
   #ended: CaravanError | null = null;
 
   constructor(ranks: Ranks, tokenizer: Tokenizer, options: EngineOptions) {
@@ -147,6 +132,17 @@ export class RankEngine implements Engine {
 
   get sequenceCount(): number {
     return this.#sequences.length;
+  }
+
+  /** What it is doing now. */
+  get load(): EngineLoad {
+    const sequences = this.#sequences.length;
+    return {
+      sequences,
+      slotsUsed: this.#options.maxBatchSize - this.#slots.freeCount,
+      kvPositionsUsed: this.#sequences.reduce((sum, { fedCount }) => sum + fedCount, 0),
+      unmovedMs: sequences === 0 ? 0 : performance.now() - this.#movedMs,
+    };
   }
 
   add(spec: SequenceSpec, sink: SequenceSink): SequenceHandle {
@@ -173,6 +169,7 @@ export class RankEngine implements Engine {
       eosTokenIds: new Set(this.#tokenizer.eosTokenIds),
       walk,
     });
+    if (this.#sequences.length === 0) this.#movedMs = performance.now();
     this.#sequences.push(sequence);
     this.#wake?.();
     return {
@@ -238,6 +235,7 @@ export class RankEngine implements Engine {
     for (const sequence of plan.decodes) sequence.markFed(1);
     for (const { sequence, count } of plan.chunks) sequence.markFed(count);
     await this.#sample(plan, step, results);
+    this.#movedMs = performance.now();
 
     const stretchUs = Math.max(...results.map((result) => result.longestStretchUs));
     this.#tokenBudget = adaptBudget(this.#tokenBudget, maxStepRows, rows, stretchUs);

@@ -1,17 +1,18 @@
 /** `caravan gateway`: the HTTP front. Holds no state: jobs, journals and cards are in Redis. */
 import type { Logger } from 'pino';
-import { CaravanError } from '../proto/errors.js';
 import { Answers } from './answers.js';
 import { Batches, type BatchLimits } from './batches.js';
 import type { FileStorage } from './file-storage.js';
 import { Files, type FileLimits } from './files.js';
 import { createHttpServer } from './http.js';
+import { listenHttp } from './http-listen.js';
 import { Journal } from './journal.js';
 import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
 import { Backlog } from './queue-backlog.js';
 import { ScalerServer } from './scaler.js';
 import { Store } from './store.js';
+import { RedisWatch } from './store-watch.js';
 import { ResponseRecords } from './store-responses.js';
 import { BatchRecords } from './store-batches.js';
 import { FileRecords } from './store-files.js';
@@ -61,17 +62,18 @@ export async function runGateway(
   const responses = await ResponseRecords.open(redisUrl, 'impatient', onRedisError);
   const backlog = await Backlog.open(redisUrl, 'impatient', onRedisError);
   const work = new WorkMeter(backlog, store);
+  const redis = new RedisWatch(store);
   const files = new Files(storage, fileRecords, fileLimits);
   const batchNeeds = { records: batchRecords, files, models, journal, answers };
   const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
-  const routes = { store, journal, answers, models, metrics, work, stopping };
+  const routes = { store, journal, answers, models, metrics, work, redis, stopping };
   const app = createHttpServer({ ...routes, responses, files, batches, batchRecords }, log);
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
   const scaler = scalerPort === undefined ? null : new ScalerServer(work);
   try {
     const boundScalerPort = (await scaler?.listen(host, scalerPort!)) ?? null;
-    const url = await listen(() => app.listen({ host, port }), host, port);
+    const url = await listenHttp(app, host, port);
     log.info({ url }, 'serving');
     onReady(url, boundScalerPort);
     runningBatches = batches.run(over);
@@ -80,6 +82,7 @@ export async function runGateway(
   } finally {
     await runningBatches;
     scaler?.close();
+    redis.close();
     backlog.close();
     batchRecords.close();
     fileRecords.close();
@@ -87,16 +90,6 @@ export async function runGateway(
     await answers.close();
     journal.close();
     store.close();
-  }
-}
-
-async function listen(start: () => Promise<string>, host: string, port: number): Promise<string> {
-  try {
-    return await start();
-  } catch (cause) {
-    const { code, message } = cause as NodeJS.ErrnoException;
-    const reason = code === 'EADDRINUSE' ? 'another program listens there' : message;
-    throw new CaravanError('bad_usage', `--host ${host} --port ${port}: ${reason}`, { cause });
   }
 }
 

@@ -13,6 +13,7 @@ import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { errorBody, modelBody } from './openai-answer.js';
 import type { Store } from './store.js';
+import type { RedisWatch } from './store-watch.js';
 import type { WorkMeter } from './work.js';
 
 const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
@@ -21,6 +22,7 @@ export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes {
   readonly store: Store;
   readonly metrics: GatewayMetrics;
   readonly work: WorkMeter;
+  readonly redis: RedisWatch;
 }
 
 /** The server, not listening yet. */
@@ -110,7 +112,7 @@ function addModelRoutes(app: FastifyInstance, { models }: HttpRoutes): void {
 }
 
 function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
-  const { store, metrics, models, answers, work } = routes;
+  const { store, metrics, models, answers, work, redis } = routes;
   app.get('/livez', () => ({ status: 'ok' }));
   app.get('/readyz', async () => {
     const engines = await store.engines();
@@ -118,14 +120,18 @@ function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
     return { status: 'ok', engines: engines.length };
   });
   app.get('/metrics', async (_request, reply) => {
+    void reply.type(metrics.contentType);
+    const state = await redis.look();
+    metrics.setRedis(state);
+    // The rest stays as it was last seen: whoever watches must hear that Redis is away.
+    if (!state.isUp) return metrics.text();
     const counts = new Map<string, number>();
     for (const { model } of await store.engines()) counts.set(model, (counts.get(model) ?? 0) + 1);
     metrics.setEngines(counts);
     for (const { name } of await models.cards()) {
       metrics.setQueue(name, { ...(await answers.queueOf(name).counts()) });
-      metrics.setWork(name, (await work.measure(name)).seconds);
+      metrics.setWork(name, await work.measure(name));
     }
-    void reply.type(metrics.contentType);
     return metrics.text();
   });
 }

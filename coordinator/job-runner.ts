@@ -28,6 +28,9 @@ export interface RunnerLog {
   warn(fields: object, message: string): void;
 }
 
+/** Hears how jobs left the engine: completed, failed, cancelled, expired, given back, abandoned, … */
+export type JobLeft = (outcome: string) => void;
+
 /** How often the flags of running jobs are looked at, should a message have been lost. */
 const CANCEL_POLL_MS = 2_000;
 /** Redis that refused a take (full, say) is given time. */
@@ -41,16 +44,25 @@ export class JobRunner {
   readonly #taker: JobTaker;
   readonly #engineId: string;
   readonly #log: RunnerLog;
+  readonly #onJobLeft: JobLeft;
   readonly #running = new Map<string, RunningJob>();
   readonly #changed = new Bell();
   #isReadingFlags = false;
 
-  constructor(engine: Engine, journal: Journal, taker: JobTaker, engineId: string, log: RunnerLog) {
+  constructor(
+    engine: Engine,
+    journal: Journal,
+    taker: JobTaker,
+    engineId: string,
+    log: RunnerLog,
+    onJobLeft: JobLeft = () => undefined,
+  ) {
     this.#engine = engine;
     this.#journal = journal;
     this.#taker = taker;
     this.#engineId = engineId;
     this.#log = log;
+    this.#onJobLeft = onJobLeft;
   }
 
   get runningCount(): number {
@@ -125,6 +137,7 @@ export class JobRunner {
     void job.done.then((outcome) => {
       if (this.#running.get(taken.id) === job) this.#running.delete(taken.id);
       this.#log.info({ job: taken.id, outcome }, 'job left');
+      this.#onJobLeft(outcome);
       this.#changed.ring();
     });
     job.start();

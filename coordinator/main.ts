@@ -11,15 +11,19 @@ import { readGenerationDefaults } from '../model/generation-config.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { Config } from './config.js';
+import { EngineHealth } from './engine-health.js';
 import { RankEngine, type StepFigures } from './engine.js';
+import { serveEngineFace } from './http-engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
+import { EngineMetrics } from './metrics-engine.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
 import { openChecked } from './local-group.js';
 import { JobTaker } from './queue.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
 import { HEARTBEAT_EVERY_MS, Store } from './store.js';
+import { RedisWatch } from './store-watch.js';
 import { Throughput } from './throughput.js';
 
 export interface CoordinatorOptions {
@@ -33,6 +37,13 @@ export interface CoordinatorOptions {
   readonly isExact: boolean;
   readonly weights: Config['weights'];
   readonly transport: Config['transport'];
+  /** Address and port of probes and metrics; 0 takes a free one, left out serves none. */
+  readonly host: string;
+  readonly metricsPort?: number | undefined;
+  /** A step or a loading that has not moved on for this long makes the engine unhealthy. */
+  readonly stallTimeoutMs: number;
+  /** Called once, when probes and metrics are served. */
+  readonly onFace?: (url: string) => void;
   /** Called once, when the first group serves. */
   readonly onReady: (card: ModelCard) => void;
   readonly onStep?: (figures: StepFigures) => void;
@@ -71,18 +82,46 @@ export async function runCoordinator(
   const store = await Store.open(options.redisUrl, 'patient', onRedisError);
   const journal = await Journal.open(options.redisUrl, 'patient', onRedisError);
   const taker = new JobTaker(options.redisUrl, card.name, onRedisError);
+  const health = new EngineHealth(
+    {
+      tp: options.ranks.length,
+      slots: spec.maxBatchSize,
+      kvPositions: spec.maxBatchSize * spec.maxSeqLen,
+    },
+    options.stallTimeoutMs,
+  );
+  const metrics = new EngineMetrics(card.name);
+  const redis = new RedisWatch(store);
+  const onDrain = (): void => {
+    health.drain();
+  };
+  draining.addEventListener('abort', onDrain);
+  let face: { close: () => Promise<void> } | null = null;
   const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
   const throughput = new Throughput();
   let isReady = false;
   const startMs = performance.now();
   try {
+    if (options.metricsPort !== undefined) {
+      const tokensPerSecond = (): number | null => throughput.tokensPerSecond;
+      const parts = { health, metrics, redis, tokensPerSecond };
+      const served = await serveEngineFace(parts, options.host, options.metricsPort);
+      face = served;
+      options.onFace?.(served.url);
+      log.info({ url: served.url }, 'probes and metrics');
+    }
     const over = AbortSignal.any([draining, stopping]);
     const isOver = (): boolean => over.aborted;
     for (let retryMs = FIRST_RETRY_MS; !isOver();) {
       try {
+        health.wait();
         const ranks = await Ranks.connect(options.ranks, spec, {
           signal: over,
+          onReached: (rank) => {
+            health.rankReached(rank);
+          },
           onProgress: (rank, progress) => {
+            health.rankLoading(rank, progress.bytesRead, progress.bytesTotal);
             log.debug({ rank, ...progress }, 'loading');
           },
         });
@@ -105,10 +144,14 @@ export async function runCoordinator(
           isExact: options.isExact,
           onStep: (figures) => {
             throughput.add(figures.rows, figures.totalMs);
+            metrics.step(figures.rows, figures.totalMs);
             options.onStep?.(figures);
           },
         });
-        const runner = new JobRunner(engine, journal, taker, engineId, log);
+        health.serve(() => engine.load);
+        const runner = new JobRunner(engine, journal, taker, engineId, log, (outcome) => {
+          metrics.jobLeft(outcome);
+        });
         await serve(engine, runner, store, card, engineId, throughput, options, draining, stopping);
       } catch (thrown) {
         if (isOver()) return;
@@ -121,9 +164,12 @@ export async function runCoordinator(
       }
     }
   } finally {
+    draining.removeEventListener('abort', onDrain);
+    redis.close();
     await taker.close();
     journal.close();
     store.close();
+    await face?.close();
   }
 }
 

@@ -1,5 +1,8 @@
 /** What the gateway tells Prometheus. */
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import { RedisMetrics } from './metrics-redis.js';
+import type { RedisState } from './store-watch.js';
+import type { Work } from './work.js';
 
 const LATENCY_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30];
 
@@ -14,6 +17,12 @@ export class GatewayMetrics {
     'Seconds that one engine would need for all jobs that wait or run: what the scaler answers',
     ['model'],
   );
+  readonly #oldest = this.#gauge(
+    'caravan_queue_oldest_seconds',
+    'Age of the oldest job that no engine works on; 0 when none waits',
+    ['model'],
+  );
+  readonly #redis = new RedisMetrics(this.#registry);
   readonly #engines = this.#gauge('caravan_engines', 'Engines that are alive', ['model']);
 
   readonly requests = new Counter({
@@ -55,9 +64,14 @@ export class GatewayMetrics {
     }
   }
 
-  /** Sets the seconds of work of one model. */
-  setWork(model: string, seconds: number): void {
+  /** Sets the work of one model. */
+  setWork(model: string, { seconds, oldestWaitingMs }: Work): void {
     this.#workSeconds.set({ model }, seconds);
+    this.#oldest.set({ model }, oldestWaitingMs / 1000);
+  }
+
+  setRedis(state: RedisState): void {
+    this.#redis.set(state);
   }
 
   /** Sets the engines by model. */

@@ -8,16 +8,21 @@ export const openLog = (name: string, level: string): Logger =>
 export interface Shutdown {
   /** The first SIGTERM or SIGINT: finish what runs, take nothing new. */
   readonly draining: AbortSignal;
-  /** The second, or the parent is gone: stop at once, lose nothing. */
+  /** The second, the end of the time that draining may take, or the parent is gone: stop at once, lose nothing. */
   readonly stopping: AbortSignal;
 }
 
-/** Listens for signals, and for the end of a parent that forked us. */
-export function listenForShutdown(): Shutdown {
+/** Listens for signals, and for the end of a parent that forked us. @param drainTimeoutMs without end if left out. */
+export function listenForShutdown(drainTimeoutMs?: number): Shutdown {
   const drain = new AbortController();
   const stop = new AbortController();
   const onSignal = (): void => {
     if (drain.signal.aborted) stop.abort();
+    else if (drainTimeoutMs !== undefined) {
+      setTimeout(() => {
+        stop.abort();
+      }, drainTimeoutMs).unref();
+    }
     drain.abort();
   };
   process.on('SIGTERM', onSignal);
@@ -35,3 +40,11 @@ export function listenForShutdown(): Shutdown {
 export function reportReady(details: Readonly<Record<string, unknown>>): void {
   process.send?.({ type: 'ready', ...details });
 }
+
+/** The setting in milliseconds; setTimeout takes no more than 24 days. */
+export const drainTimeoutMs = (settings: {
+  readonly drainTimeout: number | undefined;
+}): number | undefined =>
+  settings.drainTimeout === undefined
+    ? undefined
+    : Math.min(1000 * settings.drainTimeout, 2 ** 31 - 1);

@@ -20,11 +20,19 @@ interface SequenceSize {
   readonly maxTokens: number;
 }
 
+/** What is kept of a job between counts. */
+interface KnownJob {
+  readonly sequences: readonly SequenceSize[];
+  readonly createdMs: number;
+}
+
 export interface BacklogTokens {
   /** Jobs of all four kinds. */
   readonly jobs: number;
   /** Prompt and output tokens that are still to be computed, at most. */
   readonly tokens: number;
+  /** Age of the oldest job that no engine works on; 0 when none waits. */
+  readonly oldestWaitingMs: number;
 }
 
 /** Jobs that are asked for in one round trip. */
@@ -35,8 +43,8 @@ const DELAYED_SCORE_SCALE = 0x1000;
 export class Backlog {
   readonly #url: string;
   readonly #redis: Redis;
-  /** Sizes of the jobs of the last count, by model: they never change. */
-  readonly #sizes = new Map<string, ReadonlyMap<string, readonly SequenceSize[]>>();
+  /** The jobs of the last count, by model: their sizes never change. */
+  readonly #known = new Map<string, ReadonlyMap<string, KnownJob>>();
 
   private constructor(url: string, redis: Redis) {
     this.#url = url;
@@ -59,14 +67,20 @@ export class Backlog {
   async count(model: string, maxSeqLen: number | null): Promise<BacklogTokens> {
     return asCall(this.#url, async () => {
       const { waiting, active } = await this.#ids(model);
-      const sizes = await this.#sizesOf(model, [...waiting, ...active]);
+      const known = await this.#jobsOf(model, [...waiting, ...active]);
+      const sizesOf = (id: string): readonly SequenceSize[] => known.get(id)?.sequences ?? [];
       let tokens = 0;
-      for (const id of waiting) tokens += remaining(sizes.get(id) ?? [], [], maxSeqLen);
-      const written = await this.#written(active, sizes);
-      for (const id of active) {
-        tokens += remaining(sizes.get(id) ?? [], written.get(id) ?? [], maxSeqLen);
+      let oldestMs = Infinity;
+      for (const id of waiting) {
+        tokens += remaining(sizesOf(id), [], maxSeqLen);
+        oldestMs = Math.min(oldestMs, known.get(id)?.createdMs ?? Infinity);
       }
-      return { jobs: waiting.length + active.length, tokens };
+      const written = await this.#written(active, known);
+      for (const id of active) {
+        tokens += remaining(sizesOf(id), written.get(id) ?? [], maxSeqLen);
+      }
+      const oldestWaitingMs = oldestMs === Infinity ? 0 : Math.max(0, Date.now() - oldestMs);
+      return { jobs: waiting.length + active.length, tokens, oldestWaitingMs };
     });
   }
 
@@ -95,44 +109,43 @@ export class Backlog {
     return { waiting: lists.slice(0, 4).flatMap(jobs), active: jobs(lists[4] ?? []) };
   }
 
-  async #sizesOf(
-    model: string,
-    ids: readonly string[],
-  ): Promise<ReadonlyMap<string, readonly SequenceSize[]>> {
-    const known = this.#sizes.get(model);
-    const sizes = new Map<string, readonly SequenceSize[]>();
+  async #jobsOf(model: string, ids: readonly string[]): Promise<ReadonlyMap<string, KnownJob>> {
+    const known = this.#known.get(model);
+    const jobs = new Map<string, KnownJob>();
     const unknown: string[] = [];
     for (const id of ids) {
-      const size = known?.get(id);
-      if (size === undefined) unknown.push(id);
-      else sizes.set(id, size);
+      const job = known?.get(id);
+      if (job === undefined) unknown.push(id);
+      else jobs.set(id, job);
     }
     for (let start = 0; start < unknown.length; start += PIPELINE_JOBS) {
       const part = unknown.slice(start, start + PIPELINE_JOBS);
       const pipeline = this.#redis.pipeline();
-      for (const id of part) pipeline.hget(jobKey(id), 'request');
+      for (const id of part) pipeline.hmget(jobKey(id), 'request', 'createdMs');
       const results = (await pipeline.exec()) ?? [];
-      for (const [i, [error, request]] of results.entries()) {
+      for (const [i, [error, fields]] of results.entries()) {
         if (error !== null) throw error;
+        const [request, createdMs] = fields as [string | null, string | null];
         // A job without a journal ends as soon as it is taken.
-        if (typeof request === 'string')
-          sizes.set(part[i]!, sizeOf(JSON.parse(request) as Request));
+        if (request === null) continue;
+        const sequences = sizeOf(JSON.parse(request) as Request);
+        jobs.set(part[i]!, { sequences, createdMs: Number(createdMs) });
       }
     }
-    this.#sizes.set(model, sizes);
-    return sizes;
+    this.#known.set(model, jobs);
+    return jobs;
   }
 
   /** Tokens that the journal has of each sequence of these jobs. */
   async #written(
     ids: readonly string[],
-    sizes: ReadonlyMap<string, readonly SequenceSize[]>,
+    jobs: ReadonlyMap<string, KnownJob>,
   ): Promise<ReadonlyMap<string, readonly number[]>> {
     const written = new Map<string, number[]>();
     const pipeline = this.#redis.pipeline();
     const owners: string[] = [];
     for (const id of ids) {
-      for (const index of (sizes.get(id) ?? []).keys()) {
+      for (const index of (jobs.get(id)?.sequences ?? []).keys()) {
         pipeline.xrevrange(streamKey(id, index), '+', '-', 'COUNT', 1);
         owners.push(id);
       }

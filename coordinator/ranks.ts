@@ -34,6 +34,8 @@ export interface GroupSpec {
 export interface ConnectOptions {
   /** Most time until every rank has taken the call, in milliseconds. */
   readonly connectTimeoutMs?: number;
+  /** A rank has taken the call. */
+  readonly onReached?: (rank: number) => void;
   readonly onProgress?: (rank: number, progress: LoadProgress) => void;
   readonly signal?: AbortSignal;
 }
@@ -84,7 +86,12 @@ export class Ranks {
     options.signal?.addEventListener('abort', close, { once: true });
     try {
       const timeoutMs = options.connectTimeoutMs ?? CONNECT_TIMEOUT_MS;
-      await Promise.all(links.map((link) => link.open(timeoutMs)));
+      await Promise.all(
+        links.map(async (link, rank) => {
+          await link.open(timeoutMs);
+          options.onReached?.(rank);
+        }),
+      );
       const group = randomUUID();
       const loaded = await Promise.all(
         links.map((link, rank) =>

@@ -57,6 +57,11 @@ export class Sequence implements Schedulable {
     this.#prefillEnd = limits.isExact ? this.#promptLength : this.#tokens.length;
   }
 
+  /** Tokens in the KV cache. */
+  get fedCount(): number {
+    return this.#fed;
+  }
+
   get prefillLeft(): number {
     return Math.max(0, this.#prefillEnd - this.#fed);
   }

@@ -1,64 +1,19 @@
 /** Every setting that a process or a command may have: its flag, its rule in words and as a schema, its default. */
 import { z } from 'zod';
 import { EMBEDDED_MODEL } from './package-root.js';
-
-interface SettingRule<T> {
-  /** Placeholder of the flag's value in help texts; null for a switch, which is on or off. */
-  readonly argument: string | null;
-  readonly description: string;
-  /** The rule in words, to end the sentence "--flag must be …". */
-  readonly rule: string;
-  readonly schema: z.ZodType<T>;
-  /** Given once per value: the setting is a list. */
-  readonly isRepeatable?: boolean;
-  /** Belongs to one call, so that neither the environment nor the file may set it. */
-  readonly isFlagOnly?: boolean;
-  /** Why a legal value cannot be used in this release, or null. */
-  readonly refuse?: (value: T) => string | null;
-}
-
-export interface Setting<T, D extends T | undefined> extends SettingRule<T> {
-  readonly default: D;
-}
-
-const optional = <T>(rule: SettingRule<T>): Setting<T, undefined> => ({
-  ...rule,
-  default: undefined,
-});
-const defaulted = <T>(value: T, rule: SettingRule<T>): Setting<T, T> => ({
-  ...rule,
-  default: value,
-});
-
-// Flags and variables are text, the file has numbers: only text that is a number becomes one.
-const fromText = (value: unknown): unknown =>
-  typeof value === 'string' && /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(value)
-    ? Number(value)
-    : value;
-const number = (least: number, most: number): z.ZodType<number> =>
-  z.preprocess(fromText, z.number().min(least).max(most));
-const whole = (least: number, most: number): z.ZodType<number> =>
-  z.preprocess(fromText, z.number().int().min(least).max(most));
-
-const switchWords: Readonly<Record<string, boolean>> = {
-  true: true,
-  '1': true,
-  false: false,
-  '0': false,
-};
-const onOff = z.preprocess(
-  (value) => (typeof value === 'string' ? (switchWords[value] ?? value) : value),
-  z.boolean(),
-);
-const onOffRule = 'true or false';
-
-const text = z.string().min(1);
-const address = /^(\[[0-9a-fA-F:]+\]|[^\s:,[\]]+):([0-9]{1,5})$/;
-const addresses = z.preprocess(
-  (value) => (typeof value === 'string' ? value.split(',') : value),
-  z.array(z.string().regex(address)).min(1).max(256),
-);
-const redisUrl = z.string().regex(/^(rediss?:\/\/\S+|unix:\/\/\S+)$/);
+import { processSettings } from './process-settings.js';
+import {
+  addresses,
+  defaulted,
+  fromText,
+  number,
+  onOff,
+  onOffRule,
+  optional,
+  redisUrl,
+  text,
+  whole,
+} from './setting.js';
 
 /** Every setting that more than one command or process shares. */
 export const settingTable = {
@@ -120,7 +75,7 @@ export const settingTable = {
   }),
   host: defaulted('127.0.0.1', {
     argument: '<host>',
-    description: 'address that the gateway listens on',
+    description: 'address that the gateway, or the probes of an engine, listen on',
     rule: 'a host name or an IP address',
     schema: z.string().regex(/^[\w.:-]+$/),
   }),
@@ -210,6 +165,7 @@ export const settingTable = {
     rule: 'one of debug, info, warn, error, silent',
     schema: z.enum(['debug', 'info', 'warn', 'error', 'silent']),
   }),
+  ...processSettings,
   json: defaulted(false, {
     argument: null,
     description: 'print JSON on stdout',

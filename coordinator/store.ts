@@ -31,6 +31,10 @@ export interface RedisHealth {
   readonly version: string;
   readonly maxmemoryPolicy: string;
   readonly isAppendOnly: boolean;
+  /** Whether the last write of the append-only file went well. */
+  readonly isAofWritten: boolean;
+  /** Whether it is still reading its files after a start. */
+  readonly isLoading: boolean;
   /** Redis's clock minus ours, in milliseconds. */
   readonly clockSkewMs: number;
 }
@@ -123,6 +127,8 @@ export class Store {
       version: line('redis_version').trim(),
       maxmemoryPolicy: line('maxmemory_policy').trim(),
       isAppendOnly: line('aof_enabled').trim() === '1',
+      isAofWritten: line('aof_last_write_status').trim() === 'ok',
+      isLoading: line('loading').trim() === '1',
       clockSkewMs: Number(seconds) * 1000 + Number(microseconds) / 1000 - halfwayMs,
     };
   }

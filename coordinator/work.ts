@@ -8,6 +8,8 @@ const GUESSED_TOKENS_PER_SECOND = 100;
 export interface Work {
   readonly jobs: number;
   readonly tokens: number;
+  /** Age of the oldest job that no engine works on; 0 when none waits. */
+  readonly oldestWaitingMs: number;
   /** Of one engine: the mean of those that live, or the last one measured. */
   readonly tokensPerSecond: number;
   readonly seconds: number;
@@ -30,7 +32,10 @@ export class WorkMeter {
    */
   async measure(model: string, guessedRate = GUESSED_TOKENS_PER_SECOND): Promise<Work> {
     const card = await this.#store.card(model);
-    const { jobs, tokens } = await this.#backlog.count(model, card?.maxSeqLen ?? null);
+    const { jobs, tokens, oldestWaitingMs } = await this.#backlog.count(
+      model,
+      card?.maxSeqLen ?? null,
+    );
     const rates = (await this.#store.engines()).flatMap((engine) =>
       engine.model === model && engine.tokensPerSecond !== undefined
         ? [engine.tokensPerSecond]
@@ -44,6 +49,7 @@ export class WorkMeter {
     return {
       jobs,
       tokens,
+      oldestWaitingMs,
       tokensPerSecond,
       seconds: tokens / tokensPerSecond,
       isKnown: card !== null,

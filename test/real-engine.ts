@@ -21,6 +21,11 @@ const environment = Object.fromEntries(
 export interface RealEngine {
   /** Name of its model card. */
   readonly model: string;
+  /** Where its probes and metrics are; empty unless `--metrics-port` is among the arguments. */
+  readonly metricsUrl: string;
+  readonly ranks: readonly LocalRank[];
+  /** The coordinator that runs, or the last one. */
+  readonly coordinator: ChildProcess;
   /** kill -9 of the coordinator; the ranks live on. Returns when it is gone. */
   readonly kill: () => Promise<void>;
   /** Starts another coordinator over the same ranks. Returns when it serves. */
@@ -29,24 +34,32 @@ export interface RealEngine {
   readonly stop: () => Promise<void>;
 }
 
+export interface EngineOptions {
+  readonly tp: number;
+  readonly maxBatchSize: number;
+  /** More arguments of the coordinator. */
+  readonly args?: readonly string[];
+}
+
 /** Starts caravan-tiny in exact mode on `tp` ranks, and returns when it serves. */
 export async function startEngine(
   redisUrl: string,
-  { tp, maxBatchSize }: { tp: number; maxBatchSize: number },
+  { tp, maxBatchSize, args: more = [] }: EngineOptions,
 ): Promise<RealEngine> {
   const ranks: LocalRank[] = [];
   let coordinator: ChildProcess | null = null;
   let model = '';
+  let metricsUrl = '';
   const start = async (): Promise<void> => {
     const addresses = ranks.map(({ address }) => address).join(',');
     const args = ['coordinator', '--ranks', addresses, '--redis', redisUrl, '--exact'];
-    const limits = ['--max-batch-size', String(maxBatchSize), '--log-level', 'error'];
+    const limits = ['--max-batch-size', String(maxBatchSize), '--log-level', 'error', ...more];
     const child = fork(cliEntry, [...args, '--model', 'caravan-tiny', ...limits], {
       env: environment,
       stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
     });
     coordinator = child;
-    model = (await readyOf(child)).model;
+    ({ model, metricsUrl } = await readyOf(child));
   };
   const kill = async (): Promise<void> => {
     if (coordinator === null || coordinator.exitCode !== null || coordinator.signalCode !== null) {
@@ -69,10 +82,22 @@ export async function startEngine(
     await stop();
     throw error;
   }
-  return { model, kill, restart: start, stop };
+  return {
+    model,
+    get metricsUrl() {
+      return metricsUrl;
+    },
+    ranks,
+    get coordinator() {
+      return coordinator!;
+    },
+    kill,
+    restart: start,
+    stop,
+  };
 }
 
-async function readyOf(child: ChildProcess): Promise<{ model: string }> {
+async function readyOf(child: ChildProcess): Promise<{ model: string; metricsUrl: string }> {
   return new Promise((resolve, reject) => {
     const fail = (reason: string): void => {
       clearTimeout(timer);
@@ -85,7 +110,7 @@ async function readyOf(child: ChildProcess): Promise<{ model: string }> {
     child.once('exit', (code) => {
       fail(`it ended with code ${code ?? '?'}`);
     });
-    child.once('message', (message: { model: string }) => {
+    child.once('message', (message: { model: string; metricsUrl: string }) => {
       clearTimeout(timer);
       child.removeAllListeners('exit');
       resolve(message);

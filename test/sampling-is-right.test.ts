@@ -5,7 +5,8 @@
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
 import { coin, purpose } from '../coordinator/coin.js';
-import { adjustmentOf, RankEngine } from '../coordinator/engine.js';
+import { adjustmentOf } from '../coordinator/adjustment.js';
+import { RankEngine } from '../coordinator/engine.js';
 import type { Request, Sampling } from '../coordinator/request.js';
 import {
   mergeCandidates,

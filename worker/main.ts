@@ -5,6 +5,7 @@ import { Command, InvalidArgumentError } from 'commander';
 import pino from 'pino';
 import { toCaravanError } from '../proto/errors.js';
 import { Ort } from './ort.js';
+import { serveHealth } from './health-port.js';
 import { RankServer } from './service.js';
 import { SharedSegment } from './shared-memory.js';
 
@@ -20,6 +21,25 @@ const threadCount = (text: string): number => {
   return count;
 };
 
+const port = (text: string): number => {
+  const value = Number(text);
+  if (!/^\d+$/.test(text) || value > 65_535) {
+    throw new InvalidArgumentError('must be a whole number from 0 to 65535.');
+  }
+  return value;
+};
+
+const seconds = (text: string): number => {
+  const value = Number(text);
+  if (!(value >= 0 && value <= 31_536_000)) {
+    throw new InvalidArgumentError('must be a number of seconds from 0 to 31536000.');
+  }
+  return value;
+};
+
+/** A rank that was started by hand, or by Kubernetes, outlives the coordinator that holds it. */
+const DRAIN_TIMEOUT_S = 300;
+
 const device = (text: string): string => {
   if (text !== 'cpu') throw new InvalidArgumentError('only cpu is there yet.');
   return text;
@@ -30,10 +50,29 @@ const program = new Command('caravan worker')
   .requiredOption('--listen <host:port>', 'address to serve on; port 0 picks a free one', address)
   .option('--device <device>', 'device of this rank', device, 'cpu')
   .option('--threads <count>', 'threads that compute', threadCount, 1)
+  .option('--health-port <port>', 'port of /livez; 0 picks a free one (default: none)', port)
+  .option(
+    '--stall-timeout <seconds>',
+    '/livez fails when nothing moved for this long',
+    seconds,
+    120,
+  )
+  .option(
+    '--drain-timeout <seconds>',
+    `SIGTERM waits this long for the coordinator to let go (default: ${DRAIN_TIMEOUT_S}, or 0 under a parent of ours)`,
+    seconds,
+  )
   .option('--log-level <level>', 'trace, debug, info, warn, error or silent', 'info')
   .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2));
 
-const options = program.parse().opts<{ listen: string; threads: number; logLevel: string }>();
+const options = program.parse().opts<{
+  listen: string;
+  threads: number;
+  healthPort?: number;
+  stallTimeout: number;
+  drainTimeout?: number;
+  logLevel: string;
+}>();
 const log = pino(
   { name: 'rank', level: options.logLevel, base: { pid: process.pid } },
   pino.destination(2),
@@ -45,15 +84,37 @@ try {
   const port = await server.listen(options.listen);
   const bound = options.listen.replace(/:\d+$/, `:${port}`);
   log.info({ address: bound }, 'listening');
+  let healthPort: number | null = null;
+  if (options.healthPort !== undefined) {
+    const { hostname } = new URL(`http://${options.listen}`);
+    const host = hostname.replace(/^\[|\]$/g, '');
+    const stallMs = 1000 * options.stallTimeout;
+    const at = { host, port: options.healthPort };
+    healthPort = await serveHealth(() => server.progress, stallMs, at);
+    log.info({ healthPort }, 'probes');
+  }
   const stop = (): void => {
     server.stop();
     process.exit(0);
   };
-  process.on('SIGTERM', stop);
-  process.on('SIGINT', stop);
+  const drainTimeoutS = options.drainTimeout ?? (process.send === undefined ? DRAIN_TIMEOUT_S : 0);
+  let isDraining = false;
+  // All containers of a Pod are told to end at once: jobs need their ranks until the coordinator has let go.
+  const drain = (): void => {
+    if (isDraining || !server.isHeld || drainTimeoutS === 0) {
+      stop();
+      return;
+    }
+    isDraining = true;
+    log.info({ drainTimeoutS }, 'held by a coordinator: waiting for it; a second signal stops');
+    void server.released().then(stop);
+    setTimeout(stop, 1000 * drainTimeoutS);
+  };
+  process.on('SIGTERM', drain);
+  process.on('SIGINT', drain);
   if (process.send !== undefined) {
     process.on('disconnect', stop);
-    process.send({ type: 'ready', address: bound });
+    process.send({ type: 'ready', address: bound, healthPort });
   }
 } catch (thrown) {
   const error = toCaravanError(thrown);

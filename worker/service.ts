@@ -15,6 +15,7 @@ import { CaravanError, toCaravanError } from '../proto/errors.js';
 import { RankService, type Command, type Load, type Report } from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
 import { checkLoad, Group } from './group.js';
+import type { Progress } from './health-port.js';
 import { Lobby, type PeerCall } from './lobby.js';
 import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
 import type { Ort } from './ort.js';
@@ -41,6 +42,9 @@ export class RankServer {
   /** Resolves when the coordinator that holds the rank has let it go; null while nobody does. */
   #held: Promise<void> | null = null;
   #isHolderAlive = false;
+  #state: Progress['state'] = 'idle';
+  /** When what is under way last moved; null while nothing is. */
+  #movedMs: number | null = null;
 
   constructor(ort: Ort, log: RankLog) {
     this.#ort = ort;
@@ -70,6 +74,21 @@ export class RankServer {
     });
   }
 
+  /** What the rank is doing, for its probe. */
+  get progress(): Progress {
+    const unmovedMs = this.#movedMs === null ? 0 : performance.now() - this.#movedMs;
+    return { state: this.#state, unmovedMs };
+  }
+
+  get isHeld(): boolean {
+    return this.#isHolderAlive;
+  }
+
+  /** Resolves when no coordinator holds the rank. */
+  async released(): Promise<void> {
+    while (this.#held !== null) await this.#held;
+  }
+
   /** Ends every stream at once. */
   stop(): void {
     this.#server.forceShutdown();
@@ -96,6 +115,8 @@ export class RankServer {
       } finally {
         this.#held = null;
         this.#isHolderAlive = false;
+        this.#state = 'idle';
+        this.#movedMs = null;
       }
       call.end();
     } catch (thrown) {
@@ -115,7 +136,11 @@ export class RankServer {
     if (first.$case !== 'load') {
       throw new CaravanError('internal', `the first command is ${first.$case}, not load`);
     }
+    this.#state = 'loading';
+    this.#movedMs = performance.now();
     const group = await this.#load(call, first.load, commands.ended);
+    this.#state = 'serving';
+    this.#movedMs = null;
     const onEnd = (): void => {
       group.abort(new CaravanError('cancelled', 'the coordinator is gone'));
     };
@@ -124,7 +149,9 @@ export class RankServer {
       for (;;) {
         const command = await commands.next();
         if (command === null) return;
+        this.#movedMs = performance.now();
         const kind = await answer(command, group);
+        this.#movedMs = null;
         call.write({ kind });
       }
     } catch (thrown) {
@@ -144,6 +171,8 @@ export class RankServer {
       );
     }
     const shard = await this.#shardFor(call, load, signal);
+    // Peers that load more slowly are no fault of ours.
+    this.#movedMs = null;
     const group = await Group.join(this.#ort, shard.shard, load, this.#lobby, signal);
     const { vocab } = shard.shard.plan;
     const loaded = {
@@ -190,6 +219,7 @@ export class RankServer {
       plan,
       forms,
       (bytesRead) => {
+        this.#movedMs = performance.now();
         if (performance.now() - reportedMs < PROGRESS_EVERY_MS) return;
         reportedMs = performance.now();
         const loadProgress = { bytesRead, bytesTotal };

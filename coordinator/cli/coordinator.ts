@@ -1,7 +1,7 @@
 /** `caravan coordinator`: one engine, over ranks that run already. */
 import type { Command } from 'commander';
 import { runCoordinator } from '../main.js';
-import { listenForShutdown, openLog, reportReady } from '../process.js';
+import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
 import { declareSettings } from './options.js';
 
 export function register(program: Command): void {
@@ -20,13 +20,18 @@ export function register(program: Command): void {
       'transport',
       'maxSeqLen',
       'maxBatchSize',
+      'host',
+      'metricsPort',
+      'stallTimeout',
+      'drainTimeout',
       'logLevel',
     ],
     { required: ['ranks', 'redis'] },
   );
   command.action(async () => {
     const s = settings();
-    const { draining, stopping } = listenForShutdown();
+    const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
+    let metricsUrl: string | null = null;
     await runCoordinator(
       {
         ranks: s.ranks,
@@ -38,8 +43,14 @@ export function register(program: Command): void {
         isExact: s.exact,
         weights: s.weights,
         transport: s.transport,
+        host: s.host,
+        metricsPort: s.metricsPort,
+        stallTimeoutMs: 1000 * s.stallTimeout,
+        onFace: (url) => {
+          metricsUrl = url;
+        },
         onReady: (card) => {
-          reportReady({ model: card.name });
+          reportReady({ model: card.name, metricsUrl });
         },
       },
       draining,

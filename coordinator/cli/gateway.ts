@@ -2,7 +2,7 @@
 import path from 'node:path';
 import type { Command } from 'commander';
 import { runGateway } from '../gateway.js';
-import { listenForShutdown, openLog, reportReady } from '../process.js';
+import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
 import { defaultStateFolder } from '../state-folder.js';
 import { fileSettingNames, fileSettings } from '../file-settings.js';
 import { declareSettings } from './options.js';
@@ -13,7 +13,7 @@ export function register(program: Command): void {
     .description('Runs the HTTP front: an OpenAI-compatible API over the queue.');
   const settings = declareSettings(
     command,
-    ['redis', 'host', 'port', 'scalerPort', ...fileSettingNames, 'logLevel'],
+    ['redis', 'host', 'port', 'scalerPort', 'drainTimeout', ...fileSettingNames, 'logLevel'],
     { required: ['redis'] },
   );
   command.action(async () => {
@@ -21,7 +21,7 @@ export function register(program: Command): void {
     const { redis, host, port, scalerPort, logLevel } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
     const limits = await fileSettings(s, folder);
-    const { draining, stopping } = listenForShutdown();
+    const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
     const onReady = (url: string, boundScalerPort: number | null): void => {
       reportReady({ url, scalerPort: boundScalerPort });
     };

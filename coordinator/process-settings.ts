@@ -1,0 +1,30 @@
+/** Settings of processes that others watch, end and replace: on Kubernetes, or under systemd. */
+import { z } from 'zod';
+import { defaulted, fromText, optional, whole } from './setting.js';
+
+const seconds = z.preprocess(fromText, z.number().gt(0).max(31_536_000));
+const secondsRule = 'a number of seconds above 0 and up to 31536000';
+
+export const processSettings = {
+  metricsPort: optional({
+    argument: '<port>',
+    description:
+      'port of an engine for /metrics, /livez, /readyz and /startupz; 0 takes a free one (default: none)',
+    rule: 'a whole number from 0 to 65535',
+    schema: whole(0, 65_535),
+  }),
+  drainTimeout: optional({
+    argument: '<seconds>',
+    description:
+      'how long SIGTERM lets what runs go on before it is left to others (default: to its end)',
+    rule: secondsRule,
+    schema: seconds,
+  }),
+  stallTimeout: defaulted(120, {
+    argument: '<seconds>',
+    description:
+      '/livez fails when a step or the loading of weights has not moved on for this long',
+    rule: secondsRule,
+    schema: seconds,
+  }),
+} as const;
