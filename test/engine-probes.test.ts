@@ -155,13 +155,17 @@ void test('a rank answers on its health port, and refuses a port that is taken',
   const start = (healthPort: number) =>
     fork(
       workerEntry,
-      ['--listen', '127.0.0.1:0', '--log-level', 'error', '--health-port', String(healthPort)],
+      [
+        ...['--listen', '127.0.0.1:0', '--log-level', 'error'],
+        // Probes may come from elsewhere than coordinators and peers.
+        ...['--health-host', '127.0.0.2', '--health-port', String(healthPort)],
+      ],
       { stdio: ['ignore', 'ignore', 'pipe', 'ipc'] },
     );
   const rank = start(0);
   after(() => rank.kill('SIGKILL'));
   const [{ healthPort }] = (await once(rank, 'message')) as [{ healthPort: number }];
-  const live = await fetch(`http://127.0.0.1:${healthPort}/livez`);
+  const live = await fetch(`http://127.0.0.2:${healthPort}/livez`);
   assert.equal(live.status, 200);
   assert.deepEqual(await live.json(), { status: 'ok', reason: 'idle' });
   const second = start(healthPort);

@@ -92,10 +92,7 @@ export const value = {
 const padding = (byteCount: number, alignment: number): Buffer =>
   Buffer.alloc(Math.ceil(byteCount / alignment) * alignment - byteCount);
 
-export const ggufBytes = (contents: GgufContents): Buffer => Buffer.concat(ggufPieces(contents));
-
-/** The file, piece by piece: header, then each tensor's bytes as they were given, and what aligns the next. */
-export function ggufPieces(contents: GgufContents): Uint8Array[] {
+export function ggufBytes(contents: GgufContents): Buffer {
   const { version = 3, metadata, tensors, alignment = 32 } = contents;
   const infos: Buffer[] = [];
   const data: Uint8Array[] = [];
@@ -120,5 +117,5 @@ export function ggufPieces(contents: GgufContents): Uint8Array[] {
     ...metadata.flatMap(([key, { type, bytes }]) => [textBytes(key), uint32(type), bytes]),
     ...infos,
   ]);
-  return [header, padding(header.length, alignment), ...data];
+  return Buffer.concat([header, padding(header.length, alignment), ...data]);
 }

@@ -51,6 +51,7 @@ const program = new Command('caravan worker')
   .option('--device <device>', 'device of this rank', device, 'cpu')
   .option('--threads <count>', 'threads that compute', threadCount, 1)
   .option('--health-port <port>', 'port of /livez; 0 picks a free one (default: none)', port)
+  .option('--health-host <host>', "address that /livez is served on (default: --listen's)")
   .option(
     '--stall-timeout <seconds>',
     '/livez fails when nothing moved for this long',
@@ -69,6 +70,7 @@ const options = program.parse().opts<{
   listen: string;
   threads: number;
   healthPort?: number;
+  healthHost?: string;
   stallTimeout: number;
   drainTimeout?: number;
   logLevel: string;
@@ -87,7 +89,7 @@ try {
   let healthPort: number | null = null;
   if (options.healthPort !== undefined) {
     const { hostname } = new URL(`http://${options.listen}`);
-    const host = hostname.replace(/^\[|\]$/g, '');
+    const host = options.healthHost ?? hostname.replace(/^\[|\]$/g, '');
     const stallMs = 1000 * options.stallTimeout;
     const at = { host, port: options.healthPort };
     healthPort = await serveHealth(() => server.progress, stallMs, at);

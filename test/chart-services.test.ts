@@ -1,0 +1,177 @@
+/** What the chart makes of gateways and Redis, and who may talk to whom. */
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { at, find, podOf, podTemplates, render, skipWithoutHelm, type Manifest } from './chart.js';
+import { severalModels } from './chart-values.js';
+
+const skip = skipWithoutHelm;
+
+void test('a gateway takes requests until it is out of the Service, then drains', { skip }, () => {
+  const objects = render({ gateway: { drainSeconds: 200, preStopSeconds: 7 } });
+  const { spec } = podOf(objects, 'Deployment', 'llama-gateway');
+  const [gateway] = spec.containers;
+  assert.deepEqual(gateway!.lifecycle, { preStop: { sleep: { seconds: 7 } } });
+  assert.ok(gateway!.args.includes('--drain-timeout=200'));
+  assert.ok(spec.terminationGracePeriodSeconds >= 207);
+  assert.equal(gateway!.livenessProbe!.httpGet!.path, '/livez');
+  // /readyz fails without engines: at zero engines no job could come, and none would ever start.
+  assert.equal(gateway!.readinessProbe!.httpGet!.path, '/v1/models');
+});
+
+void test(
+  'gateways are scaled by CPU and by open streams, spread and kept from going together',
+  { skip },
+  () => {
+    const objects = render({
+      gateway: { autoscaling: { enabled: true, minReplicas: 3, inFlightStreams: 150 } },
+    });
+    const scaler = find(objects, 'HorizontalPodAutoscaler', 'llama-gateway');
+    assert.equal(at(scaler, 'spec.minReplicas'), 3);
+    assert.equal(at(scaler, 'spec.metrics.0.resource.target.averageUtilization'), 70);
+    assert.deepEqual(at(scaler, 'spec.metrics.1.pods'), {
+      metric: { name: 'caravan_answers_in_flight' },
+      target: { type: 'AverageValue', averageValue: '150' },
+    });
+    const gateway = find(objects, 'Deployment', 'llama-gateway');
+    assert.equal(at(gateway, 'spec.replicas'), undefined);
+    assert.equal(
+      at(gateway, 'spec.template.spec.topologySpreadConstraints.0.topologyKey'),
+      'kubernetes.io/hostname',
+    );
+    const budget = find(objects, 'PodDisruptionBudget', 'llama-gateway');
+    assert.equal(at(budget, 'spec.maxUnavailable'), 1);
+    assert.deepEqual(at(budget, 'spec.selector'), at(gateway, 'spec.selector'));
+  },
+);
+
+void test('Redis of the release keeps jobs, and nothing else may be asked of it', { skip }, () => {
+  const objects = render({ redis: { passwordSecret: { name: 'redis', key: 'word' } } });
+  const redis = find(objects, 'StatefulSet', 'llama-redis');
+  const { args, env } = podOf(objects, 'StatefulSet', 'llama-redis').spec.containers[0]!;
+  const option = (name: string): string => args[args.indexOf(`--${name}`) + 1]!;
+  assert.equal(option('appendonly'), 'yes');
+  assert.equal(option('appendfsync'), 'everysec');
+  assert.equal(option('maxmemory-policy'), 'noeviction');
+  assert.equal(option('dir'), '/data');
+  assert.equal(option('requirepass'), '$(REDISCLI_AUTH)');
+  const secretKeyRef = { name: 'redis', key: 'word' };
+  assert.deepEqual(env, [{ name: 'REDISCLI_AUTH', valueFrom: { secretKeyRef } }]);
+  assert.equal(at(redis, 'spec.volumeClaimTemplates.0.metadata.name'), 'data');
+  assert.equal(at(redis, 'spec.persistentVolumeClaimRetentionPolicy.whenDeleted'), 'Retain');
+  for (const [kind, name] of [
+    ['Deployment', 'llama-gateway'],
+    ['Deployment', 'llama-engine-caravan-tiny'],
+  ] as const) {
+    const variables = podOf(objects, kind, name).spec.containers[0]!.env!;
+    const names = variables.map((variable) => variable.name);
+    assert.ok(
+      names.indexOf('REDIS_PASSWORD') < names.indexOf('CARAVAN_REDIS'),
+      'expanded in order',
+    );
+    const url = variables.find((variable) => variable.name === 'CARAVAN_REDIS')!.value;
+    assert.equal(url, 'redis://:$(REDIS_PASSWORD)@llama-redis:6379');
+  }
+});
+
+/** Whether Pods with these labels are the ones that a selector means. */
+const selects = (matchLabels: unknown, labels: Readonly<Record<string, string>>): boolean =>
+  Object.entries(matchLabels as Record<string, string>).every(
+    ([key, value]) => labels[key] === value,
+  );
+
+void test(
+  'Services, monitors, budgets and policies select the Pods that they are for',
+  { skip },
+  () => {
+    const objects = render({
+      ...severalModels,
+      monitoring: { serviceMonitor: { enabled: true } },
+    });
+    const pods = podTemplates(objects);
+    const services = objects.filter(({ kind }) => kind === 'Service');
+    for (const { metadata, spec } of services) {
+      const chosen = pods.filter((pod) => selects(at(spec, 'selector'), pod.metadata.labels));
+      assert.ok(chosen.length > 0, metadata.name);
+      for (const port of (at(spec, 'ports') as { targetPort: string }[] | undefined) ?? []) {
+        for (const pod of chosen) {
+          const names = pod.spec.containers.flatMap(({ ports }) => ports?.map((p) => p.name) ?? []);
+          assert.ok(names.includes(port.targetPort), `${metadata.name}: ${port.targetPort}`);
+        }
+      }
+    }
+    for (const { metadata, spec } of objects.filter(({ kind }) => kind === 'ServiceMonitor')) {
+      const chosen = services.filter(({ metadata: { labels } }) =>
+        selects(at(spec, 'selector.matchLabels'), labels),
+      );
+      const port = at(spec, 'endpoints.0.port');
+      const scraped = chosen.filter(({ spec: s }) =>
+        (at(s, 'ports') as { name: string }[] | undefined)?.some(({ name }) => name === port),
+      );
+      assert.equal(scraped.length, 1, `${metadata.name} scrapes each Pod once`);
+    }
+    for (const kind of ['PodDisruptionBudget', 'NetworkPolicy']) {
+      const key = kind === 'NetworkPolicy' ? 'podSelector' : 'selector';
+      for (const { metadata, spec } of objects.filter((object) => object.kind === kind)) {
+        const matchLabels = at(spec, `${key}.matchLabels`);
+        assert.ok(
+          pods.some((pod) => selects(matchLabels, pod.metadata.labels)),
+          `${kind}/${metadata.name}`,
+        );
+      }
+    }
+  },
+);
+
+/** Ports that Pods of one kind may be reached on by others, by NetworkPolicies: `FROM → PORT`. */
+function ingressOf(objects: readonly Manifest[], name: string): unknown {
+  return at(find(objects, 'NetworkPolicy', name), 'spec.ingress');
+}
+
+void test('only those talk to each other that must', { skip }, () => {
+  const objects = render({
+    models: [{ name: 'one' }, { name: 'wide', tp: 8, nodes: 2, workload: 'LeaderWorkerSet' }],
+  });
+  const pods = podTemplates(objects);
+  const policies = objects.filter(({ kind }) => kind === 'NetworkPolicy');
+  for (const pod of pods) {
+    const closed = policies.filter(({ spec }) =>
+      selects(at(spec, 'podSelector.matchLabels'), pod.metadata.labels),
+    );
+    assert.equal(closed.length, 1);
+    assert.deepEqual(at(closed[0], 'spec.policyTypes'), ['Ingress', 'Egress']);
+  }
+  const keda = ingressOf(objects, 'llama-gateway') as unknown[];
+  assert.deepEqual(at(keda, '1.ports.0.port'), 'scaler');
+  assert.deepEqual(at(keda, '1.from.0.namespaceSelector.matchLabels'), {
+    'kubernetes.io/metadata.name': 'keda',
+  });
+  // Ranks of one Pod are on its loopback interface: nobody else comes in but for metrics.
+  const single = ingressOf(objects, 'llama-engine-one') as unknown[];
+  assert.equal(single.length, 1);
+  assert.equal(at(single, '0.ports.0.port'), 'metrics');
+  const wide = ingressOf(objects, 'llama-engine-wide') as unknown[];
+  assert.deepEqual(at(wide, '1.ports.0'), { port: 7000, endPort: 7003, protocol: 'TCP' });
+  const labels = podTemplates([find(objects, 'LeaderWorkerSet', 'llama-engine-wide')])[1]!.metadata
+    .labels;
+  assert.ok(selects(at(wide, '1.from.0.podSelector.matchLabels'), labels));
+  const redis = ingressOf(objects, 'llama-redis') as unknown[];
+  const mayAsk = (at(redis, '0.from') as unknown[]).map((peer) =>
+    at(peer, 'podSelector.matchLabels'),
+  );
+  for (const pod of pods) {
+    const isRedis = pod.metadata.labels['app.kubernetes.io/component'] === 'redis';
+    const may = mayAsk.some((matchLabels) => selects(matchLabels, pod.metadata.labels));
+    assert.equal(may, !isRedis);
+  }
+  assert.deepEqual(at(find(objects, 'NetworkPolicy', 'llama-redis'), 'spec.egress'), undefined);
+});
+
+void test('a hub is reached by those alone that pull', { skip }, () => {
+  const objects = render({
+    models: [{ name: 'one' }, { name: 'two', source: { kind: 'pull', pull: { model: 'hf:a/b' } } }],
+  });
+  const reaches443 = (name: string): boolean =>
+    JSON.stringify(at(find(objects, 'NetworkPolicy', name), 'spec.egress')).includes('443');
+  assert.equal(reaches443('llama-engine-one'), false);
+  assert.equal(reaches443('llama-engine-two'), true);
+});
