@@ -14,6 +14,7 @@ import {
 import { newJobId, type Journal } from './journal.js';
 import type { JournalEntry, StreamEntry } from './journal-entry.js';
 import { JobQueue } from './queue.js';
+import { jobSizeOf } from './queue-order.js';
 import type { Asked } from './openai.js';
 import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
 import type { Ending, Request, Usage } from './request.js';
@@ -61,7 +62,7 @@ export class Answers {
   async submit({ request, terms }: Asked, id = newJobId()): Promise<string> {
     const isNew = await this.#journal.create(id, request, terms);
     try {
-      await this.queueOf(request.model).submit(id, terms);
+      await this.queueOf(request.model).submit(id, terms, jobSizeOf(request));
     } catch (error) {
       if (isNew) await this.#journal.forget(id, sequenceCount(request)).catch(() => undefined);
       throw error;

@@ -3,40 +3,29 @@
  *
  *   take ──> running ──> ended        by itself, by a failure, cancelled or expired: written once
  *               │
- *               └──────> given back   the engine stops or fails in a way that a retry can mend
+ *               └──────> given back   the engine stops or fails in a way that a retry can mend, or the job makes room
+ *                                     for a more urgent one
  *
  * A job is taken only when a slot is free. Whatever happens to it happens once: the first of the events
  * above decides, and later ones find it decided.
  */
 import { setTimeout as delay } from 'node:timers/promises';
-import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import { Bell } from './bell.js';
-import type { Engine, SequenceHandle } from './engine.js';
-import {
-  needsLogprobs,
-  needsPromptLogprobs,
-  promptTokenCount,
-  sequenceRequest,
-} from './job-sequences.js';
+import type { Engine } from './engine.js';
 import type { Journal, Take } from './journal.js';
-import { JournalWriter } from './journal-writer.js';
+import { chooseVictim } from './order.js';
 import type { JobTaker, TakenJob } from './queue.js';
-import type { Ending, FinishReason } from './request.js';
-
-export interface RunnerLog {
-  info(fields: object, message: string): void;
-  warn(fields: object, message: string): void;
-}
+import { resumedTokenCount, RunningJob, type RunnerLog } from './running-job.js';
 
 /** Hears how jobs left the engine: completed, failed, cancelled, expired, given back, abandoned, … */
 export type JobLeft = (outcome: string) => void;
 
 /** How often the flags of running jobs are looked at, should a message have been lost. */
 const CANCEL_POLL_MS = 2_000;
+/** How often an engine without a free slot looks whether a job has become so urgent that another makes room for it. */
+const PREEMPT_EVERY_MS = 500;
 /** Redis that refused a take (full, say) is given time. */
 const REFUSED_TAKE_PAUSE_MS = 500;
-/** How long a job that is given back may wait for Redis; its lock runs out soon after anyway. */
-const GIVE_BACK_TIMEOUT_MS = 2_000;
 
 export class JobRunner {
   readonly #engine: Engine;
@@ -48,6 +37,8 @@ export class JobRunner {
   readonly #running = new Map<string, RunningJob>();
   readonly #changed = new Bell();
   #isReadingFlags = false;
+  /** The last job that makes room, until it has left. */
+  #leaving: RunningJob | null = null;
 
   constructor(
     engine: Engine,
@@ -84,6 +75,7 @@ export class JobRunner {
     draining.addEventListener('abort', wake);
     stopping.addEventListener('abort', giveBackAll);
     const unlisten = this.#journal.onCancel((id) => void this.#cancel(id));
+    const unlistenQueue = this.#taker.onWake(wake);
     const poll = setInterval(() => void this.#cancel(''), CANCEL_POLL_MS);
     // One signal for all takes: a signal made of others lives as long as they do.
     const over = AbortSignal.any([draining, stopping]);
@@ -92,7 +84,8 @@ export class JobRunner {
       while (!isOver()) {
         this.#startMore();
         if (this.#engine.freeSlotCount === 0) {
-          await this.#changed.wait(CANCEL_POLL_MS);
+          await this.#makeRoom();
+          await this.#changed.wait(PREEMPT_EVERY_MS);
           continue;
         }
         const taken = await this.#taker.take(over);
@@ -108,6 +101,29 @@ export class JobRunner {
       draining.removeEventListener('abort', wake);
       stopping.removeEventListener('abort', giveBackAll);
       unlisten();
+      unlistenQueue();
+    }
+  }
+
+  /** Lets the least urgent job go when one that waits is urgent enough; the next take brings that one. */
+  async #makeRoom(): Promise<void> {
+    if (this.#leaving !== null) return;
+    try {
+      const choice = await this.#taker.choose();
+      if (choice === null) return;
+      const held = [...this.#running.values()].flatMap((job) => (job.mayLeave ? [job.held] : []));
+      const victim = chooseVictim(choice, held, Date.now());
+      const leaving = victim === null ? undefined : this.#running.get(victim.id);
+      if (leaving === undefined || !(await this.#taker.claim(choice))) return;
+      this.#log.info({ job: leaving.held.id, for: choice.job.id }, 'job makes room');
+      this.#leaving = leaving;
+      void leaving.done.then(() => {
+        this.#leaving = null;
+        this.#changed.ring();
+      });
+      leaving.giveBack(true);
+    } catch (error) {
+      this.#log.warn({}, `the queue was refused: ${String(error)}`);
     }
   }
 
@@ -169,209 +185,5 @@ export class JobRunner {
       if (isRequested) job.cancel();
     }
     this.#isReadingFlags = false;
-  }
-}
-
-const resumedTokenCount = ({ sequences }: Take): number =>
-  sequences.reduce((sum, { tokenIds }) => sum + tokenIds.length, 0);
-
-/** The longest delay that a timer takes. */
-const MAX_TIMER_MS = 2 ** 31 - 1;
-
-/** One job in this engine. */
-class RunningJob {
-  readonly #engine: Engine;
-  readonly #taken: TakenJob;
-  readonly #take: Take;
-  readonly #writer: JournalWriter;
-  readonly #log: RunnerLog;
-  readonly #onSlotFree: () => void;
-  readonly #handles: SequenceHandle[] = [];
-  /** Numbers of the sequences that wait for a slot. */
-  readonly #waiting: number[];
-  /** Why each sequence ended; null while it has not. */
-  readonly #reasons: (FinishReason | null)[];
-  #deadline: NodeJS.Timeout | undefined;
-  #isDecided = false;
-  #resolve: (outcome: string) => void = () => undefined;
-  /** Resolves, with how it left, when nothing is left to write. */
-  readonly done: Promise<string>;
-
-  /** @param onSlotFree one of several sequences has left the engine. */
-  constructor(
-    engine: Engine,
-    journal: Journal,
-    taken: TakenJob,
-    take: Take,
-    log: RunnerLog,
-    onSlotFree: () => void,
-  ) {
-    this.#engine = engine;
-    this.#onSlotFree = onSlotFree;
-    this.#reasons = take.sequences.map(({ finish }) => finish?.finishReason ?? null);
-    this.#waiting = [...this.#reasons.keys()].filter((index) => this.#reasons[index] === null);
-    this.#taken = taken;
-    this.#take = take;
-    this.#log = log;
-    this.done = new Promise((resolve) => (this.#resolve = resolve));
-    this.#writer = new JournalWriter(
-      journal,
-      take,
-      () => {
-        this.abandon();
-      },
-      (error) => {
-        this.#log.warn({ job: take.id }, `the journal was refused: ${String(error)}`);
-      },
-    );
-  }
-
-  start(): void {
-    const { terms, isCancelled } = this.#take;
-    if (isCancelled) {
-      this.cancel();
-      return;
-    }
-    if (terms.deadlineMs !== null) {
-      const leftMs = terms.deadlineMs - Date.now();
-      if (leftMs <= 0) {
-        this.#decide({ status: 'expired' });
-        return;
-      }
-      this.#deadline = setTimeout(
-        () => {
-          this.#decide({ status: 'expired' });
-        },
-        Math.min(leftMs, MAX_TIMER_MS),
-      );
-    }
-    if (this.#waiting.length === 0) this.#complete('');
-    else this.startMore();
-  }
-
-  /** Starts as many of the sequences that wait as there are slots. */
-  startMore(): void {
-    while (!this.#isDecided && this.#waiting.length > 0 && this.#engine.freeSlotCount > 0) {
-      this.#startSequence(this.#waiting.shift()!);
-    }
-  }
-
-  #startSequence(index: number): void {
-    const { id, request, sequences } = this.#take;
-    const writer = this.#writer.sequences[index]!;
-    const { tokenIds, promptCount } = sequences[index]!;
-    const own = sequenceRequest(request, index);
-    try {
-      const handle = this.#engine.add(
-        {
-          ...{ id, request: own, index, resumeTokenIds: tokenIds },
-          reportsLogprobs: needsLogprobs(request),
-          reportsPrompt:
-            needsPromptLogprobs(request) && promptCount < own.promptTokenIds.length - 1,
-        },
-        {
-          token: (tokenId, text, logprobs) => {
-            writer.token(tokenId, text, logprobs);
-          },
-          prompt: (logprobs) => {
-            writer.prompt(logprobs);
-          },
-          end: (finishReason, heldText) => {
-            this.#endSequence(index, finishReason, heldText);
-          },
-          fail: (error) => {
-            this.#fail(error);
-          },
-        },
-      );
-      this.#handles.push(handle);
-    } catch (thrown) {
-      this.#fail(toCaravanError(thrown));
-    }
-  }
-
-  #endSequence(index: number, finishReason: FinishReason, heldText: string): void {
-    this.#reasons[index] = finishReason;
-    if (this.#reasons.length === 1) {
-      this.#complete(heldText);
-      return;
-    }
-    this.#writer.sequences[index]!.finish(finishReason, heldText);
-    if (!this.#reasons.includes(null)) this.#complete('');
-    this.startMore();
-    this.#onSlotFree();
-  }
-
-  cancel(): void {
-    this.#decide({ status: 'cancelled' });
-  }
-
-  /** Back to the queue, with what is in the journal. */
-  giveBack(): void {
-    if (!this.#isFirst()) return;
-    const giveBack = async (): Promise<string> => {
-      await this.#writer.release();
-      await this.#taken.giveBack();
-      return 'given back';
-    };
-    const late = delay(GIVE_BACK_TIMEOUT_MS, 'left to its lock', { ref: false });
-    void Promise.race([giveBack(), late]).then((outcome) => {
-      this.#writer.stop();
-      this.#resolve(outcome);
-    });
-  }
-
-  /** The engine stops: the job goes back, and what is being written gets a last moment. */
-  stop(): void {
-    this.giveBack();
-    const timer = setTimeout(() => {
-      this.#writer.stop();
-      this.#resolve('left to its lock');
-    }, GIVE_BACK_TIMEOUT_MS);
-    void this.done.then(() => {
-      clearTimeout(timer);
-    });
-  }
-
-  /** Another take has the job: nothing of it is ours any more. */
-  abandon(): void {
-    this.#taken.drop();
-    if (!this.#isFirst()) return;
-    this.#writer.stop();
-    this.#resolve('abandoned');
-  }
-
-  /** Every sequence has ended by itself. */
-  #complete(heldText: string): void {
-    const usage = {
-      promptTokens: promptTokenCount(this.#take.request),
-      completionTokens: this.#writer.tokenCount,
-    };
-    this.#decide({ status: 'completed', finishReason: this.#reasons[0]!, usage }, heldText);
-  }
-
-  #fail(error: CaravanError): void {
-    // An engine that was stopped has failed nobody.
-    if (error.code === 'cancelled' || errorTable[error.code].isRetryable) this.giveBack();
-    else this.#decide({ status: 'failed', code: error.code, message: error.message });
-  }
-
-  #decide(ending: Ending, heldText = ''): void {
-    if (!this.#isFirst()) return;
-    void (async () => {
-      const isOurs = await this.#writer.end(ending, heldText);
-      if (isOurs) await this.#taken.finish(ending.status === 'failed');
-      else this.#taken.drop();
-      this.#resolve(isOurs ? ending.status : 'abandoned');
-    })();
-  }
-
-  /** True for the first event that decides; the sequence leaves the engine then. */
-  #isFirst(): boolean {
-    if (this.#isDecided) return false;
-    this.#isDecided = true;
-    clearTimeout(this.#deadline);
-    for (const handle of this.#handles) handle.cancel();
-    return true;
   }
 }

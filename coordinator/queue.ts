@@ -1,6 +1,6 @@
 /**
- * The queue of one model: which jobs wait, and who works on which. BullMQ keeps it; the job itself is in the
- * journal.
+ * The queue of one model: which jobs wait, and who works on which. BullMQ keeps it; which job comes next is said by
+ * the order beside it, and the job itself is in the journal.
  *
  *   submit ──> prioritized ──take──> active ──finish──> completed, failed
  *                   ^                  │
@@ -9,20 +9,34 @@
 import { randomUUID } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Queue, Worker, type Job, type JobType } from 'bullmq';
+import { Redis } from 'ioredis';
+import { Bell } from './bell.js';
+import { graceAfter } from './grace.js';
+import { chooseJob, type Choice, type HeldJob, type OrderRules } from './order.js';
+import { connectionOf, queueName } from './queue-connection.js';
+import { QueueOrder, wakeChannelOf, type JobSize } from './queue-order.js';
 import type { JobTerms } from './request.js';
-import { asCall, redisOptions, unavailable, type Patience } from './store-connection.js';
+import { asCall, redisOptions, unavailable } from './store-connection.js';
 
 /** A job whose engine is gone moves again after this and at most two checks. */
 const LOCK_MS = 6_000;
 const RENEW_EVERY_MS = 2_000;
 const STALLED_CHECK_MS = 1_500;
-/** How long a fetch waits for a job before it looks at its signal. */
-const FETCH_WAIT_S = 1;
-/** How much longer than that a fetch may take once nobody waits for it. */
-const FETCH_GRACE_MS = 2_000;
+/** A taker looks at the queue this often even when nobody wakes it. */
+const LOOK_EVERY_MS = 500;
+/** BullMQ and the order may differ for so long: a job may be on its way from one to the other. */
+const UNEVEN_MS = 1_000;
+/** Reconciling may take this share of the time. */
+const RECONCILE_SHARE = 0.05;
+const RECONCILE_EVERY_MS = 2_000;
+/** What jobs are reckoned with whose size nobody says. */
+const UNKNOWN_SIZE: JobSize = { tokens: 0, outputTokens: 0 };
+export const DEFAULT_AGED_AFTER_MS = 600_000;
 const ERROR_DELAY_MS = 500;
 /** Ended jobs that BullMQ's own tools can still list. */
 const KEPT_ENDED = { age: 24 * 3600, count: 10_000 };
+
+export { queueName } from './queue-connection.js';
 
 export interface QueueCounts {
   readonly waiting: number;
@@ -31,30 +45,18 @@ export interface QueueCounts {
   readonly failed: number;
 }
 
-/** BullMQ's name of a model's queue; it allows no colon. */
-export const queueName = (model: string): string => `caravan-${model.replace(/[^\w.-]/g, '_')}`;
-
-const connectionOf = (url: string, patience: Patience) => {
-  const { hostname, port, username, password, pathname, protocol } = new URL(url);
-  return {
-    ...redisOptions(patience),
-    // The URL class keeps the brackets of an IPv6 address.
-    host: hostname.replace(/^\[|\]$/g, '') || '127.0.0.1',
-    port: port === '' ? 6379 : Number(port),
-    ...(username === '' ? {} : { username: decodeURIComponent(username) }),
-    ...(password === '' ? {} : { password: decodeURIComponent(password) }),
-    ...(pathname.length > 1 ? { db: Number(pathname.slice(1)) } : {}),
-    ...(protocol === 'rediss:' ? { tls: {} } : {}),
-  };
-};
-
 /** The side that adds jobs and looks at them. */
 export class JobQueue {
   readonly #url: string;
   readonly #queue: Queue;
+  readonly #redis: Redis;
+  readonly #order: QueueOrder;
 
   constructor(url: string, model: string, onError: (error: Error) => void = () => undefined) {
     this.#url = url;
+    this.#redis = new Redis(url, redisOptions('impatient'));
+    this.#redis.on('error', onError);
+    this.#order = new QueueOrder(this.#redis, queueName(model));
     this.#queue = new Queue(queueName(model), {
       connection: connectionOf(url, 'impatient'),
       defaultJobOptions: { removeOnComplete: KEPT_ENDED, removeOnFail: KEPT_ENDED },
@@ -63,11 +65,13 @@ export class JobQueue {
   }
 
   /** Adds a job that the journal knows. @throws CaravanError `redis_unavailable`. */
-  async submit(id: string, terms: JobTerms): Promise<void> {
+  async submit(id: string, terms: JobTerms, size = UNKNOWN_SIZE): Promise<void> {
+    await this.#call(() => this.#order.reserve(id, terms, size, Date.now()));
     // Jobs without a priority would outrank all others: every job has one.
     await this.#call(() =>
       this.#queue.add('generate', {}, { jobId: id, priority: terms.priority }),
     );
+    await this.#call(() => this.#order.enter(id));
   }
 
   async counts(): Promise<QueueCounts> {
@@ -101,6 +105,7 @@ export class JobQueue {
     if (job === undefined) return false;
     try {
       await job.remove();
+      await this.#call(() => this.#order.forget(id));
       return true;
     } catch {
       // BullMQ refuses to remove a locked job: an engine has it, and will see the journal.
@@ -110,6 +115,7 @@ export class JobQueue {
 
   async close(): Promise<void> {
     await Promise.race([this.#queue.close().catch(() => undefined), delay(1000)]);
+    this.#redis.disconnect();
   }
 
   async #call<T>(call: () => Promise<T>): Promise<T> {
@@ -131,49 +137,64 @@ export class JobQueue {
 /** A job that this engine works on. */
 export interface TakenJob {
   readonly id: string;
-  /** BullMQ may forget it: the journal has its ending. Can be repeated. */
-  finish(isFailed: boolean): Promise<void>;
-  /** Back to the queue, for any engine. */
-  giveBack(): Promise<void>;
+  /** What the order knew of it when it was taken. */
+  readonly held: HeldJob;
+  /**
+   * BullMQ may forget it: the journal has its ending. Can be repeated.
+   *
+   * @param unusedTokens of those that the job was reckoned with; its tenant is not charged for them.
+   */
+  finish(isFailed: boolean, unusedTokens?: number): Promise<void>;
+  /** Back to the queue, for any engine. @param left what it still needs; as much as before if left out. */
+  giveBack(left?: JobSize, isPreempted?: boolean): Promise<void>;
   /** Another engine has it, or soon will: its lock is not renewed any more. */
   drop(): void;
-}
-
-/** Resolves a while after the signal aborts: a fetch that Redis never answers must not be waited for. */
-function graceAfter(signal: AbortSignal): { late: Promise<'late'>; dispose: () => void } {
-  let timer: NodeJS.Timeout | undefined;
-  let onAbort = (): void => undefined;
-  const late = new Promise<'late'>((resolve) => {
-    onAbort = () => {
-      timer = setTimeout(resolve, FETCH_GRACE_MS, 'late');
-    };
-    if (signal.aborted) onAbort();
-    else signal.addEventListener('abort', onAbort, { once: true });
-  });
-  const dispose = (): void => {
-    clearTimeout(timer);
-    signal.removeEventListener('abort', onAbort);
-  };
-  return { late, dispose };
 }
 
 /** The side that works on jobs. Locks are renewed for as long as a job is held. */
 export class JobTaker {
   readonly #worker: Worker;
+  readonly #redis: Redis;
+  readonly #subscriber: Redis;
+  readonly #order: QueueOrder;
+  readonly #rules: OrderRules;
+  readonly #name = randomUUID();
   readonly #held = new Map<string, string>();
   readonly #renewal: NodeJS.Timeout;
   readonly #onError: (error: Error) => void;
+  readonly #woken = new Bell();
+  readonly #listeners = new Set<() => void>();
   #isRenewing = false;
+  /** Whether a job stands promoted for this engine's next fetch. */
+  #hasPromoted = false;
+  #unevenSinceMs: number | null = null;
+  /** When BullMQ and the order may be compared again: at once at the start. */
+  #reconcileFromMs = 0;
+  #isNew = true;
 
-  constructor(url: string, model: string, onError: (error: Error) => void) {
+  constructor(
+    url: string,
+    model: string,
+    onError: (error: Error) => void,
+    rules: OrderRules = { agedAfterMs: DEFAULT_AGED_AFTER_MS },
+  ) {
     this.#onError = onError;
+    this.#rules = rules;
+    this.#redis = new Redis(url, redisOptions('patient'));
+    this.#redis.on('error', onError);
+    this.#order = new QueueOrder(this.#redis, queueName(model));
+    this.#subscriber = this.#redis.duplicate();
+    this.#subscriber.on('error', onError);
+    this.#subscriber.on('message', () => {
+      this.#wake();
+    });
+    this.#subscriber.subscribe(wakeChannelOf(queueName(model))).catch(() => undefined);
     this.#worker = new Worker(queueName(model), null, {
       connection: connectionOf(url, 'patient'),
       lockDuration: LOCK_MS,
       stalledInterval: STALLED_CHECK_MS,
       // A job is not to blame for the engines that died with it.
       maxStalledCount: Number.MAX_SAFE_INTEGER,
-      drainDelay: FETCH_WAIT_S,
       autorun: false,
     });
     this.#worker.on('error', onError);
@@ -181,50 +202,127 @@ export class JobTaker {
     void this.#worker.startStalledCheckTimer();
   }
 
+  /** Hears of jobs that can be taken; some may be missed. @returns how to stop. */
+  onWake(listener: () => void): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
   /** The next job, or null when the signal aborts first. */
   async take(signal: AbortSignal): Promise<TakenJob | null> {
     const isOver = (): boolean => signal.aborted;
-    while (!isOver()) {
-      const { late, dispose } = graceAfter(signal);
-      try {
-        const token = randomUUID();
-        const fetching = this.#fetch(token);
-        const taken = await Promise.race([fetching, late]);
-        if (taken === undefined) continue;
-        if (taken !== 'late' && !isOver()) return taken;
-        // What the fetch brings after all goes back to the queue.
-        const givingBack = fetching.then((job) => job?.giveBack()).catch(this.#onError);
-        if (taken !== 'late') await Promise.race([givingBack, late]);
-      } catch (error) {
-        this.#onError(error as Error);
-        await delay(ERROR_DELAY_MS);
-      } finally {
-        dispose();
+    const ring = (): void => {
+      this.#woken.ring();
+    };
+    signal.addEventListener('abort', ring);
+    try {
+      while (!isOver()) {
+        const { late, dispose } = graceAfter(signal);
+        try {
+          const fetching = this.#fetch();
+          const taken = await Promise.race([fetching, late]);
+          if (taken === 'again') continue;
+          if (taken === 'none') {
+            await this.#woken.wait(LOOK_EVERY_MS);
+            continue;
+          }
+          if (taken !== 'late' && !isOver()) return taken;
+          // What the fetch brings after all goes back to the queue.
+          const givingBack = fetching
+            .then((job) => (typeof job === 'string' ? undefined : job.giveBack()))
+            .catch(this.#onError);
+          if (taken !== 'late') await Promise.race([givingBack, late]);
+        } catch (error) {
+          this.#onError(error as Error);
+          await delay(ERROR_DELAY_MS);
+        } finally {
+          dispose();
+        }
       }
+      return null;
+    } finally {
+      signal.removeEventListener('abort', ring);
     }
-    return null;
   }
 
-  async #fetch(token: string): Promise<TakenJob | undefined> {
-    const job = (await this.#worker.getNextJob(token)) as Job | undefined;
-    return job === undefined ? undefined : this.#hold(job, token);
+  /** Looks which job comes next. */
+  async choose(): Promise<Choice | null> {
+    const nowMs = Date.now();
+    if (this.#isNew) await this.#reconcile(nowMs);
+    let look = await this.#order.look(nowMs);
+    if (look.kind === 'paused') return null;
+    if (look.hasStrays) {
+      await this.#order.adopt(nowMs);
+      look = await this.#order.look(nowMs);
+      if (look.kind === 'paused') return null;
+    }
+    if (look.isUneven) {
+      this.#unevenSinceMs ??= nowMs;
+      const isDue = nowMs - this.#unevenSinceMs >= UNEVEN_MS && nowMs >= this.#reconcileFromMs;
+      if (isDue) await this.#reconcile(nowMs);
+    } else this.#unevenSinceMs = null;
+    return chooseJob(look.view, nowMs, this.#rules);
+  }
+
+  /** Makes the chosen job the one that the next `take` fetches. @returns false when another engine was first. */
+  async claim(choice: Choice): Promise<boolean> {
+    const outcome = await this.#order.promote(choice, Date.now());
+    // BullMQ, which had it before the order did, has it no more.
+    if (outcome === 'absent') await this.#order.forget(choice.job.id);
+    this.#hasPromoted ||= outcome === 'promoted';
+    return outcome === 'promoted';
+  }
+
+  /** @returns `none` when nothing waits, `again` when another engine was first. */
+  async #fetch(): Promise<TakenJob | 'none' | 'again'> {
+    if (!this.#hasPromoted) {
+      const choice = await this.choose();
+      if (choice === null) return 'none';
+      if (!(await this.claim(choice))) return 'again';
+    }
+    this.#hasPromoted = false;
+    const token = randomUUID();
+    const job = (await this.#worker.getNextJob(token, { block: false })) as Job | undefined;
+    if (job === undefined) return 'none';
+    const held = await this.#order.confirm(job.id!, this.#name, Date.now());
+    if (held !== null) return this.#hold(job, token, held);
+    // Another engine fetched what was promoted, and this is what BullMQ itself would do next.
+    await job.moveToWait(token);
+    return 'again';
+  }
+
+  async #reconcile(nowMs: number): Promise<void> {
+    const startMs = performance.now();
+    await this.#order.reconcile(nowMs);
+    const pauseMs = Math.max(RECONCILE_EVERY_MS, (performance.now() - startMs) / RECONCILE_SHARE);
+    this.#reconcileFromMs = nowMs + pauseMs;
+    this.#unevenSinceMs = null;
+    this.#isNew = false;
+  }
+
+  #wake(): void {
+    this.#woken.ring();
+    for (const listener of this.#listeners) listener();
   }
 
   async close(): Promise<void> {
     clearInterval(this.#renewal);
     await Promise.race([this.#worker.close(true).catch(() => undefined), delay(2000)]);
+    this.#subscriber.disconnect();
+    this.#redis.disconnect();
   }
 
-  #hold(job: Job, token: string): TakenJob {
+  #hold(job: Job, token: string, held: HeldJob): TakenJob {
     const id = job.id!;
     this.#held.set(id, token);
     const drop = (): void => {
       if (this.#held.get(id) === token) this.#held.delete(id);
     };
-    const letGo = async (move: () => Promise<unknown>): Promise<void> => {
+    const letGo = async (move: () => Promise<unknown>, then: () => Promise<void>) => {
       drop();
       try {
         await move();
+        await then();
       } catch (error) {
         // The lock ran out, or another engine was first: the journal decides what the job came to.
         this.#onError(error as Error);
@@ -232,13 +330,20 @@ export class JobTaker {
     };
     return {
       id,
-      finish: (isFailed) =>
-        letGo(() =>
-          isFailed
-            ? job.moveToFailed(new Error('see the journal'), token, false)
-            : job.moveToCompleted({}, token, false),
+      held,
+      finish: (isFailed, unusedTokens) =>
+        letGo(
+          () =>
+            isFailed
+              ? job.moveToFailed(new Error('see the journal'), token, false)
+              : job.moveToCompleted({}, token, false),
+          () => this.#order.forget(id, unusedTokens),
         ),
-      giveBack: () => letGo(() => job.moveToWait(token)),
+      giveBack: (left, isPreempted = false) =>
+        letGo(
+          () => job.moveToWait(token),
+          () => this.#order.putBack(id, left ?? null, isPreempted),
+        ),
       drop,
     };
   }

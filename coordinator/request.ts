@@ -83,6 +83,12 @@ export interface JobTerms {
   readonly priority: number;
   /** Unix time in milliseconds after which the job is `expired`; null for none. */
   readonly deadlineMs: number | null;
+  /** Whose job it is: engines share themselves among tenants. `default` if left out. */
+  readonly tenant?: string;
+  /** Share of the tenant, relative to those of others; 1 if left out. */
+  readonly weight?: number;
+  /** Unix time in milliseconds at which it must start, where its deadline was promised. */
+  readonly latestStartMs?: number;
 }
 
 /** Why a sequence ended by itself: EOS or a stop text, or a limit of tokens or context. */

@@ -92,7 +92,10 @@ export const value = {
 const padding = (byteCount: number, alignment: number): Buffer =>
   Buffer.alloc(Math.ceil(byteCount / alignment) * alignment - byteCount);
 
-export function ggufBytes(contents: GgufContents): Buffer {
+export const ggufBytes = (contents: GgufContents): Buffer => Buffer.concat(ggufPieces(contents));
+
+/** The file, piece by piece: header, then each tensor's bytes as they were given, and what aligns the next. */
+export function ggufPieces(contents: GgufContents): Uint8Array[] {
   const { version = 3, metadata, tensors, alignment = 32 } = contents;
   const infos: Buffer[] = [];
   const data: Uint8Array[] = [];
@@ -117,5 +120,5 @@ export function ggufBytes(contents: GgufContents): Buffer {
     ...metadata.flatMap(([key, { type, bytes }]) => [textBytes(key), uint32(type), bytes]),
     ...infos,
   ]);
-  return Buffer.concat([header, padding(header.length, alignment), ...data]);
+  return [header, padding(header.length, alignment), ...data];
 }

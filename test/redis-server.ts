@@ -26,43 +26,65 @@ export async function freePort(): Promise<number> {
   return port;
 }
 
+/** @throws Error when the server ends instead: another program may have taken its port. */
+async function startServer(port: number, folder: string): Promise<ChildProcess> {
+  const args = ['--port', String(port), '--bind', '127.0.0.1', '--dir', folder, '--save', ''];
+  args.push('--appendonly', 'yes', '--appendfsync', 'everysec', '--maxmemory-policy', 'noeviction');
+  const child = spawn('redis-server', args, { stdio: 'ignore' });
+  const url = `redis://127.0.0.1:${port}`;
+  const probe = new Redis(url, { retryStrategy: () => 20, maxRetriesPerRequest: null });
+  // Refused until it listens; a call waits for that, and for the AOF to be loaded.
+  probe.on('error', () => undefined);
+  try {
+    await new Promise<void>((resolve, reject) => {
+      child.once('error', reject);
+      child.once('exit', (code) => {
+        reject(new Error(`redis-server on port ${port} ended with code ${code ?? '?'}`));
+      });
+      probe.info('server').then((text) => {
+        if (text.includes(`process_id:${child.pid ?? 0}\r`)) resolve();
+        else reject(new Error(`another Redis has port ${port}`));
+      }, reject);
+    });
+    child.removeAllListeners('exit');
+  } finally {
+    probe.disconnect();
+  }
+  return child;
+}
+
+/** Ports to try: what was free a moment ago may be taken since. */
+const ATTEMPTS = 3;
+
 export async function startRedis(): Promise<RedisServer> {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-redis-'));
-  const port = await freePort();
-  const url = `redis://127.0.0.1:${port}`;
-  let child: ChildProcess;
-  const start = async (): Promise<void> => {
-    const args = ['--port', String(port), '--bind', '127.0.0.1', '--dir', folder, '--save', ''];
-    args.push(
-      '--appendonly',
-      'yes',
-      '--appendfsync',
-      'everysec',
-      '--maxmemory-policy',
-      'noeviction',
-    );
-    child = spawn('redis-server', args, { stdio: 'ignore' });
-    const probe = new Redis(url, { retryStrategy: () => 20, maxRetriesPerRequest: null });
-    // Refused until it listens; `ping` waits for that, and for the AOF to be loaded.
-    probe.on('error', () => undefined);
-    await probe.ping();
-    probe.disconnect();
+  let port = 0;
+  const startAnywhere = async (attempt = 1): Promise<ChildProcess> => {
+    port = await freePort();
+    try {
+      return await startServer(port, folder);
+    } catch (error) {
+      if (attempt === ATTEMPTS) throw error;
+      return startAnywhere(attempt + 1);
+    }
   };
+  let child = await startAnywhere();
   const end = async (signal: NodeJS.Signals): Promise<void> => {
     if (child.exitCode !== null || child.signalCode !== null) return;
     const gone = new Promise((resolve) => child.once('exit', resolve));
     child.kill(signal);
     await gone;
   };
-  await start();
   return {
-    url,
+    url: `redis://127.0.0.1:${port}`,
     port,
     get pid() {
       return child.pid ?? 0;
     },
     kill: (signal = 'SIGKILL') => end(signal),
-    restart: start,
+    restart: async () => {
+      child = await startServer(port, folder);
+    },
     stop: async () => {
       await end('SIGTERM');
       fs.rmSync(folder, { recursive: true, force: true });

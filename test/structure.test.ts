@@ -106,6 +106,7 @@ void test('the HTTP front never reaches the engine', () => {
 void test('pure rooms do no I/O', () => {
   const pure = [
     'coordinator/scheduler',
+    'coordinator/order',
     'coordinator/slots',
     'coordinator/sampler',
     'coordinator/coin',

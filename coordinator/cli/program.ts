@@ -2,6 +2,7 @@
 import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
 import { register as registerBatch } from './batch.js';
+import { register as registerBench } from './bench.js';
 import { register as registerCancel } from './cancel.js';
 import { register as registerCoordinator } from './coordinator.js';
 import { register as registerDoctor } from './doctor.js';
@@ -28,6 +29,7 @@ const commands = [
   registerResult,
   registerCancel,
   registerBatch,
+  registerBench,
   registerCoordinator,
   registerGateway,
   registerPull,

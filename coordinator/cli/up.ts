@@ -77,11 +77,17 @@ class Caravan {
     const onSignal = (): void => {
       this.#signalCount += 1;
       this.#onSignal();
-      if (this.#signalCount === 1) process.stderr.write('caravan: draining; Ctrl-C again stops\n');
-      else void this.#stopNow();
+      const isForked = process.send !== undefined;
+      if (this.#signalCount === 1) {
+        if (!isForked) process.stderr.write('caravan: draining; Ctrl-C again stops\n');
+      } else void this.#stopNow();
     };
     process.on('SIGINT', onSignal);
     process.on('SIGTERM', onSignal);
+    // A parent that forked us is gone.
+    if (process.send !== undefined) {
+      process.on('disconnect', () => void this.#stopNow().finally(() => process.exit(1)));
+    }
     try {
       const started = this.#start();
       const url = await Promise.race([started, interrupted]);
