@@ -2,6 +2,7 @@
  * One answer: a job that is submitted, and its journal as it grows. What HTTP shows, whatever its shape.
  */
 import { CaravanError, isErrorCode } from '../proto/errors.js';
+import { AwaitedJobs, type KnownJob } from './awaited-jobs.js';
 import type { GatewayMetrics } from './metrics.js';
 import { Choice } from './choice.js';
 import {
@@ -11,6 +12,7 @@ import {
   sequenceRequest,
   sequencesPerPrompt,
 } from './job-sequences.js';
+import type { IdempotencyKey } from './idempotency-key.js';
 import { newJobId, type Journal } from './journal.js';
 import type { JournalEntry, StreamEntry } from './journal-entry.js';
 import { JobQueue } from './queue.js';
@@ -30,6 +32,7 @@ export class Answers {
   readonly #journal: Journal;
   readonly #metrics: GatewayMetrics;
   readonly #queues = new Map<string, JobQueue>();
+  readonly #awaited: AwaitedJobs;
   readonly #onError: (error: Error) => void;
 
   constructor(
@@ -42,6 +45,7 @@ export class Answers {
     this.#journal = journal;
     this.#metrics = metrics;
     this.#onError = onError;
+    this.#awaited = new AwaitedJobs(journal, (model) => this.queueOf(model), onError);
   }
 
   queueOf(model: string): JobQueue {
@@ -71,6 +75,32 @@ export class Answers {
   }
 
   /**
+   * As `submit`, for a request with an idempotency key: the first of several is the job, and what it asked counts.
+   *
+   * @throws CaravanError `invalid_request` when the key stands for another request, `redis_unavailable`.
+   */
+  async submitOnce(asked: Asked, { jobId, fingerprint }: IdempotencyKey): Promise<KnownJob> {
+    const terms = { ...asked.terms, fingerprint };
+    let job = await this.#journal.job(jobId);
+    if (job === null) {
+      await this.submit({ ...asked, terms }, jobId);
+      // Of two that came at once, one was first.
+      job = await this.#journal.job(jobId);
+    } else if (job.ending === null && !(await this.queueOf(job.model).has(jobId))) {
+      // Whoever wrote it down died before it was queued.
+      await this.submit({ ...asked, request: job.request, terms: job.terms }, jobId);
+    }
+    if (job !== null && job.terms.fingerprint !== fingerprint) {
+      throw new CaravanError(
+        'invalid_request',
+        'idempotency-key: belongs to a request with another body',
+        { param: 'idempotency-key' },
+      );
+    }
+    return job ?? { request: asked.request, terms };
+  }
+
+  /**
    * Follows a job's journal and measures it, to its completion: the last event.
    *
    * @param offsets tokens of each sequence that the reader has.
@@ -78,17 +108,19 @@ export class Answers {
    * @throws CaravanError for a job that did not complete, or the signal's reason.
    */
   async *follow(
-    { jobId, request }: Pick<AnswerHead, 'jobId' | 'request'>,
+    { jobId, request, known }: Pick<AnswerHead, 'jobId' | 'request' | 'known'>,
     offsets: readonly number[],
     startMs: number | null,
     signal: AbortSignal,
   ): AsyncGenerator<AnswerEvent> {
     const { model } = request;
+    const release = known === undefined ? () => undefined : this.#awaited.add(jobId, known);
+    const isKnown = known !== undefined;
     let lastMs = startMs ?? 0;
     let isFirst = offsets.every((offset) => offset === 0);
     this.#metrics.answersInFlight.inc();
     try {
-      for await (const { index, entry } of this.#journal.readAll(jobId, offsets, signal)) {
+      for await (const { index, entry } of this.#journal.readAll(jobId, offsets, signal, isKnown)) {
         if (entry.kind === 'end') {
           yield* eventsOfEnd(entry, offsets.length);
           return;
@@ -110,6 +142,7 @@ export class Answers {
         yield { ...entry, index };
       }
     } finally {
+      release();
       this.#metrics.answersInFlight.dec();
     }
   }
@@ -164,6 +197,7 @@ export class Answers {
   }
 
   async close(): Promise<void> {
+    this.#awaited.close();
     await Promise.all([...this.#queues.values()].map((queue) => queue.close()));
   }
 }

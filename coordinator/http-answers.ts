@@ -6,7 +6,8 @@ import { Choice } from './choice.js';
 import { whileThere } from './http-leaving.js';
 import { EventStream } from './http-stream.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
-import type { Journal } from './journal.js';
+import { idempotencyKeyOf } from './idempotency-key.js';
+import { newJobId, type Journal } from './journal.js';
 import type { Models } from './models.js';
 import { modelNameOf } from './openai.js';
 import { chunkBody, errorBody, usageChunkBody, type AnswerHead } from './openai-answer.js';
@@ -27,12 +28,18 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const startMs = performance.now();
       const model = await routes.models.find(modelNameOf(request.body));
       const asked = parse(request.body, model);
-      const jobId = await routes.answers.submit(asked);
+      const { authorization = '', 'idempotency-key': header } = request.headers;
+      const key = idempotencyKeyOf(header, authorization, path, request.body);
+      const jobId = key?.jobId ?? newJobId();
+      const job = key === null ? asked : await routes.answers.submitOnce(asked, key);
+      if (key === null) await routes.answers.submit(asked, jobId);
       const createdS = Math.floor(Date.now() / 1000);
       const { tokenizer } = model;
-      const head: AnswerHead = { kind, jobId, createdS, tokenizer, request: asked.request };
+      const known = { request: job.request, terms: job.terms };
+      const head = { kind, jobId, createdS, tokenizer, request: job.request, known };
       void reply.header('x-caravan-job', jobId);
-      const answer = new Answer(routes, reply, head, startMs);
+      // Whoever can ask again with the same key has not given up when his connection breaks.
+      const answer = new Answer(routes, reply, head, startMs, { isOwner: key === null });
       return asked.isStream ? answer.stream(reply, asked.includesUsage, null) : answer.whole();
     });
   }
@@ -58,6 +65,7 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
         createdS,
         tokenizer,
         request: shown,
+        known: { request: job.request, terms: job.terms },
       };
       // Whoever only looks on does not take the job with him when he leaves.
       const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });

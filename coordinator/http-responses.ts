@@ -33,7 +33,9 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     if (body.store !== false) await routes.responses.keep(record);
     await routes.answers.submit(asked, jobId);
     void reply.header('x-caravan-job', jobId);
-    const head: Head = { jobId, createdS, request: asked.request, tokenizer: model.tokenizer };
+    const { request: answered, terms } = asked;
+    const known = { request: answered, terms };
+    const head: Head = { jobId, createdS, request: answered, known, tokenizer: model.tokenizer };
     const signal = whileThere(routes, reply, { jobId, model: model.card.name });
     if (asked.isStream) {
       await stream(routes, reply, record, head, startMs, signal);

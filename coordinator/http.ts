@@ -7,6 +7,7 @@ import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import { addAnswerRoutes } from './http-answers.js';
 import { addBatchRoutes, type BatchRoutes } from './http-batches.js';
 import { addFileRoutes, type FileRoutes } from './http-files.js';
+import { addJobRoutes } from './http-jobs.js';
 import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
 import { addTokenizeRoutes } from './http-tokenize.js';
@@ -65,6 +66,7 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   });
 
   addAnswerRoutes(app, routes);
+  addJobRoutes(app, routes);
   addResponseRoutes(app, routes);
   addTokenizeRoutes(app, routes);
   addModelRoutes(app, routes);

@@ -57,6 +57,12 @@ export class JournalReader {
     };
   }
 
+  /** Hears when Redis is there again after it was away: it may lack its last second. @returns how to stop. */
+  onReconnect(listener: () => void): () => void {
+    this.redis.on('ready', listener);
+    return () => this.redis.off('ready', listener);
+  }
+
   /** Entries of a sequence after its first `offset` tokens. */
   async entries(id: string, index: number, offset: number): Promise<StreamEntry[]> {
     const from = `(${offset}-0`;
@@ -77,6 +83,7 @@ export class JournalReader {
     offset: number,
     signal: AbortSignal,
   ): AsyncGenerator<JournalEntry> {
+    if ((await this.job(id)) === null) throw unknownJob(id);
     for await (const { entry } of this.#follow(id, new Map([[index, offset]]), signal)) {
       if (entry.kind !== 'finish') yield entry;
     }
@@ -87,6 +94,7 @@ export class JournalReader {
    * last entry, of sequence 0.
    *
    * @param offsets tokens of each sequence that the reader has.
+   * @param isKnown whether the caller has submitted the job: then Redis may only have lost it.
    * @throws CaravanError `not_found` for an unknown job, `redis_unavailable` for one that Redis has lost, or
    *   the signal's reason.
    */
@@ -94,7 +102,9 @@ export class JournalReader {
     id: string,
     offsets: readonly number[],
     signal: AbortSignal,
+    isKnown = false,
   ): AsyncGenerator<SequenceEntry> {
+    if (!isKnown && (await this.job(id)) === null) throw unknownJob(id);
     yield* this.#follow(id, new Map(offsets.entries()), signal);
   }
 
@@ -104,7 +114,6 @@ export class JournalReader {
     at: Map<number, number>,
     signal: AbortSignal,
   ): AsyncGenerator<SequenceEntry> {
-    if ((await this.job(id)) === null) throw unknownJob(id);
     const bell = new Bell();
     const ring = (): void => {
       bell.ring();

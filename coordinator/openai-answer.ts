@@ -4,6 +4,7 @@ import { errorTable, type CaravanError } from '../proto/errors.js';
 import type { ChoicePiece } from './choice.js';
 import { chatLogprobs, completionLogprobs } from './openai-logprobs.js';
 import { callBodies, deltaBody, shownReason } from './openai-calls.js';
+import type { KnownJob } from './awaited-jobs.js';
 import type { FinishReason, ModelCard, Request, Usage } from './request.js';
 
 /** The two shapes of an answer: a chat's message or a completion's text. */
@@ -15,6 +16,8 @@ export interface AnswerHead {
   readonly jobId: string;
   readonly createdS: number;
   readonly request: Request;
+  /** As it was submitted, to be submitted again should Redis lose it while somebody waits. */
+  readonly known?: KnownJob;
   readonly tokenizer: Tokenizer;
 }
 

@@ -99,6 +99,11 @@ export class JobQueue {
     return jobs.flatMap((job: Job | undefined) => (job?.id === undefined ? [] : [job.id]));
   }
 
+  /** Whether BullMQ knows the job, in whatever state. */
+  async has(id: string): Promise<boolean> {
+    return (await this.#call(() => this.#queue.getJob(id))) !== undefined;
+  }
+
   /** Takes a waiting job out. @returns false when it is not there or is being worked on. */
   async remove(id: string): Promise<boolean> {
     const job = await this.#call(() => this.#queue.getJob(id));

@@ -89,6 +89,8 @@ export interface JobTerms {
   readonly weight?: number;
   /** Unix time in milliseconds at which it must start, where its deadline was promised. */
   readonly latestStartMs?: number;
+  /** What the job's idempotency key stands for; left out where its request had none. */
+  readonly fingerprint?: string;
 }
 
 /** Why a sequence ended by itself: EOS or a stop text, or a limit of tokens or context. */

@@ -1,0 +1,79 @@
+/**
+ * The jobs whose ends clients of this gateway wait for. A Redis that was killed may have lost the last second: what it
+ * had answered for, and what no engine had taken yet, would never run. The gateway still knows these jobs, and
+ * writes down and queues again those that are gone, under the same ids.
+ */
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Journal } from './journal.js';
+import type { JobQueue } from './queue.js';
+import type { JobTerms, Request } from './request.js';
+
+/** What is needed to submit a job again. */
+export interface KnownJob {
+  readonly request: Request;
+  readonly terms: JobTerms;
+}
+
+/** How often Redis is asked, should it be gone again or full. */
+const ATTEMPTS = 20;
+const PAUSE_MS = 500;
+
+interface Awaited extends KnownJob {
+  clientCount: number;
+}
+
+export class AwaitedJobs {
+  readonly #journal: Journal;
+  readonly #queueOf: (model: string) => JobQueue;
+  readonly #jobs = new Map<string, Awaited>();
+  readonly #unlisten: () => void;
+  readonly #onError: (error: Error) => void;
+
+  constructor(
+    journal: Journal,
+    queueOf: (model: string) => JobQueue,
+    onError: (error: Error) => void,
+  ) {
+    this.#journal = journal;
+    this.#queueOf = queueOf;
+    this.#onError = onError;
+    this.#unlisten = journal.onReconnect(() => {
+      for (const id of this.#jobs.keys()) void this.#renew(id);
+    });
+  }
+
+  /** From now on the job is looked after. @returns how to stop. */
+  add(id: string, job: KnownJob): () => void {
+    const awaited = this.#jobs.get(id) ?? { ...job, clientCount: 0 };
+    awaited.clientCount += 1;
+    this.#jobs.set(id, awaited);
+    return () => {
+      awaited.clientCount -= 1;
+      if (awaited.clientCount === 0) this.#jobs.delete(id);
+    };
+  }
+
+  close(): void {
+    this.#unlisten();
+    this.#jobs.clear();
+  }
+
+  async #renew(id: string): Promise<void> {
+    for (let attempt = 0; attempt < ATTEMPTS; attempt += 1) {
+      const job = this.#jobs.get(id);
+      if (job === undefined) return;
+      try {
+        const { request, terms } = job;
+        const queue = this.#queueOf(request.model);
+        await this.#journal.create(id, request, terms);
+        const record = await this.#journal.job(id);
+        if (record?.ending != null) return;
+        if (!(await queue.has(id))) await queue.submit(id, terms);
+        return;
+      } catch (error) {
+        this.#onError(error as Error);
+        await delay(PAUSE_MS);
+      }
+    }
+  }
+}
