@@ -6,6 +6,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Journal } from './journal.js';
 import type { JobQueue } from './queue.js';
+import { jobSizeOf } from './queue-order.js';
 import type { JobTerms, Request } from './request.js';
 
 /** What is needed to submit a job again. */
@@ -68,7 +69,7 @@ export class AwaitedJobs {
         await this.#journal.create(id, request, terms);
         const record = await this.#journal.job(id);
         if (record?.ending != null) return;
-        if (!(await queue.has(id))) await queue.submit(id, terms);
+        if (!(await queue.has(id))) await queue.submit(id, terms, jobSizeOf(request));
         return;
       } catch (error) {
         this.#onError(error as Error);
