@@ -12,7 +12,8 @@ import type { Models } from './models.js';
 import { modelNameOf } from './openai.js';
 import { chunkBody, errorBody, usageChunkBody, type AnswerHead } from './openai-answer.js';
 import { endpoints } from './openai-endpoints.js';
-import type { Request } from './request.js';
+import { eventsQuery } from './openai-events.js';
+import { parseBody } from './openai-refusal.js';
 
 export interface AnswerRoutes {
   readonly models: Models;
@@ -44,34 +45,28 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
     });
   }
 
-  app.get<{ Params: { id: string }; Querystring: { from?: string } }>(
-    '/v1/jobs/:id/events',
-    async (request, reply) => {
-      const { id } = request.params;
-      const job = await routes.journal.job(id);
-      if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
-      const { tokenizer } = await routes.models.find(job.model);
-      const position = positionsOf(
-        request.query.from ?? request.headers['last-event-id'],
-        sequenceCount(job.request),
-      );
-      const createdS = Math.floor(job.createdMs / 1000);
-      // Whoever comes in the middle lacks the tokens before: logprobs are for those who stay.
-      const shown: { logprobs?: number } & Request = { ...job.request };
-      delete shown.logprobs;
-      const head: AnswerHead = {
-        kind: 'completion',
-        jobId: id,
-        createdS,
-        tokenizer,
-        request: shown,
-        known: { request: job.request, terms: job.terms },
-      };
-      // Whoever only looks on does not take the job with him when he leaves.
-      const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });
-      return answer.stream(reply, true, position);
-    },
-  );
+  app.get<{ Params: { id: string } }>('/v1/jobs/:id/events', async (request, reply) => {
+    const { id } = request.params;
+    const query = parseBody(eventsQuery, request.query);
+    const job = await routes.journal.job(id);
+    if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
+    const { tokenizer } = await routes.models.find(job.model);
+    const position = positionsOf(
+      query.from ?? request.headers['last-event-id'],
+      sequenceCount(job.request),
+    );
+    const createdS = Math.floor(job.createdMs / 1000);
+    const head: AnswerHead = {
+      kind: query.as,
+      jobId: id,
+      createdS,
+      tokenizer,
+      request: job.request,
+    };
+    // Whoever only looks on does not take the job with him when he leaves.
+    const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });
+    return answer.stream(reply, query.usage, position);
+  });
 }
 
 /** Where a client stands in a sequence: tokens that it has, and how much of the end (see #sendFinish). */
@@ -136,7 +131,7 @@ class Answer {
       (_, index) => new Choice(sequenceRequest(request, index), tokenizer),
     );
     const positions = [...(from ?? choices.map(() => ({ offset: 0, endPart: 0 })))];
-    const unspoken = new Set(request.echo === true && from === null ? choices.keys() : []);
+    const unspoken = new Set(request.echo === true ? choices.keys() : []);
     try {
       if (head.kind === 'chat' && from === null) {
         for (const index of choices.keys()) {
@@ -144,7 +139,11 @@ class Answer {
           await stream.send(chunkBody(head, first, { isFirst: true }));
         }
       }
-      const offsets = positions.map(({ offset }) => offset);
+      // What a later piece means may depend on all before it: then it is read again, in silence.
+      const isReplayed =
+        request.logprobs !== undefined ||
+        (head.kind === 'chat' && request.grammar?.kind === 'calls');
+      const offsets = positions.map(({ offset }) => (isReplayed ? 0 : offset));
       const { answers } = this.#routes;
       for await (const event of answers.follow(head, offsets, this.#startMs, this.#signal)) {
         if (event.kind === 'completed') {
@@ -156,13 +155,15 @@ class Answer {
         const choice = choices[index]!;
         if (unspoken.delete(index)) {
           const piece = choice.prompt(await answers.promptLogprobs(head, index));
-          await stream.send(chunkBody(head, { ...piece, index, finishReason: null }));
+          if (from === null)
+            await stream.send(chunkBody(head, { ...piece, index, finishReason: null }));
         }
         if (kind === 'finish') {
           await this.#sendFinish(stream, choice, event, positions);
           continue;
         }
-        const piece = choice.push(event);
+        const piece = choice.push(restAfter(positions[index]!.offset, event, choice));
+        if (endOffset <= positions[index]!.offset) continue;
         positions[index] = { offset: endOffset, endPart: 0 };
         const isSilent = piece.deltas?.length === 0 || piece.text === '';
         if (isSilent && piece.tokens.length === 0) continue;
@@ -198,6 +199,22 @@ class Answer {
       await stream.send(chunkBody(this.#head, shown), { id: idOf(positions) });
     }
   }
+}
+
+type TokensEvent = Extract<AnswerEvent, { kind: 'tokens' }>;
+
+/** The tokens after `offset`, if any are; those before it are pushed in silence. */
+function restAfter(offset: number, event: TokensEvent, choice: Choice): TokensEvent {
+  const { tokenIds, texts, logprobs, endOffset } = event;
+  const known = offset - (endOffset - tokenIds.length);
+  if (known <= 0 || known >= tokenIds.length) return event;
+  const cut = (from: number, to?: number): TokensEvent => ({
+    ...event,
+    ...{ tokenIds: tokenIds.slice(from, to), texts: texts.slice(from, to) },
+    ...(logprobs === undefined ? {} : { logprobs: logprobs.slice(from, to) }),
+  });
+  choice.push(cut(0, known));
+  return cut(known);
 }
 
 const idOf = (positions: readonly Position[]): string =>

@@ -13,6 +13,8 @@ import { statusPage } from './http-status.js';
 import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { errorBody, modelBody } from './openai-answer.js';
+import { describeApi } from './openapi.js';
+import { packageVersion } from './package-root.js';
 import type { Store } from './store.js';
 import type { RedisWatch } from './store-watch.js';
 import type { WorkMeter } from './work.js';
@@ -55,6 +57,11 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   app.setNotFoundHandler((request) => {
     throw new CaravanError('not_found', `there is no ${request.method} ${request.url}`);
   });
+  const served: string[] = [];
+  app.addHook('onRoute', ({ method, url }) => {
+    // Fastify's own HEAD routes beside those of GET are not described.
+    for (const each of [method].flat()) if (each !== 'HEAD') served.push(`${each} ${url}`);
+  });
   // Also hears of answers that their clients did not wait for: Fastify's onResponse does not.
   app.addHook('onRequest', (request, { raw }, done) => {
     const route = request.routeOptions.url ?? 'none';
@@ -73,6 +80,8 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   addFileRoutes(app, routes);
   addBatchRoutes(app, routes);
   addHealthRoutes(app, routes);
+  let description: ReturnType<typeof describeApi> | undefined;
+  app.get('/openapi.json', () => (description ??= describeApi(served, packageVersion())));
   app.get('/', async (_request, reply) => {
     void reply.type('text/html; charset=utf-8');
     const [cards, engines] = await Promise.all([routes.models.cards(), routes.store.engines()]);

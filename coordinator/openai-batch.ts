@@ -1,9 +1,10 @@
 /** OpenAI's bodies of files and batches: requests turned into orders or refused, objects, and lines of results. */
 import { z } from 'zod';
-import { CaravanError, errorTable } from '../proto/errors.js';
+import { errorTable, type CaravanError } from '../proto/errors.js';
 import type { BatchMoment, BatchOrder, BatchState } from './batch.js';
 import { endpoints } from './openai-endpoints.js';
 import { errorBody } from './openai-answer.js';
+import { parseBody, refuse } from './openai-refusal.js';
 import type { FileRecord, Page } from './store-files.js';
 import { newBatchId } from './store-batches.js';
 import { DEFAULT_KEPT_S } from './files.js';
@@ -16,7 +17,7 @@ const expiresAfter = z.object({
   seconds: z.number().int().min(3600).max(2_592_000),
 });
 
-const batchBodySchema = z.object({
+export const batchOrderBody = z.object({
   input_file_id: z.string(),
   endpoint: z.string(),
   completion_window: z.string(),
@@ -29,23 +30,9 @@ const batchBodySchema = z.object({
   output_expires_after: expiresAfter.nullish(),
 });
 
-const refuse = (param: string, message: string): never => {
-  throw new CaravanError('invalid_request', `${param}: ${message}`, { param });
-};
-
-function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
-  if (typeof body !== 'object' || body === null || Array.isArray(body)) {
-    throw new CaravanError('invalid_request', 'the body must be a JSON object');
-  }
-  const parsed = schema.safeParse(body);
-  if (parsed.success) return parsed.data;
-  const issue = parsed.error.issues[0];
-  return refuse(issue?.path.join('.') ?? '', issue?.message ?? 'is wrong');
-}
-
 /** POST /v1/batches. @throws CaravanError `invalid_request` with the field as `param`. */
 export function parseBatch(body: unknown): BatchOrder {
-  const parsed = parse(batchBodySchema, body);
+  const parsed = parseBody(batchOrderBody, body);
   if (!Object.hasOwn(endpoints, parsed.endpoint)) {
     const served = Object.keys(endpoints).join(', ');
     refuse('endpoint', `must be one of ${served}, got ${JSON.stringify(parsed.endpoint)}`);
@@ -92,28 +79,23 @@ export function parseUpload(fields: ReadonlyMap<string, string>): { readonly kep
   return refuse(`expires_after.${issue?.path.join('.') ?? ''}`, issue?.message ?? 'is wrong');
 }
 
-const listQuery = {
+export const fileListQuery = z.object({
   after: z.string().optional(),
   purpose: z.string().optional(),
   order: z.enum(['asc', 'desc']).default('desc'),
-};
+  limit: z.coerce.number().int().min(1).max(10_000).default(10_000),
+});
+
+export const batchListQuery = z.object({
+  after: z.string().optional(),
+  limit: z.coerce.number().int().min(1).max(100).default(20),
+});
 
 /** Query of GET /v1/files. @throws CaravanError `invalid_request`. */
-export const parseFileList = (query: unknown) =>
-  parse(
-    z.object({ ...listQuery, limit: z.coerce.number().int().min(1).max(10_000).default(10_000) }),
-    query,
-  );
+export const parseFileList = (query: unknown) => parseBody(fileListQuery, query);
 
 /** Query of GET /v1/batches. @throws CaravanError `invalid_request`. */
-export const parseBatchList = (query: unknown) =>
-  parse(
-    z.object({
-      after: listQuery.after,
-      limit: z.coerce.number().int().min(1).max(100).default(20),
-    }),
-    query,
-  );
+export const parseBatchList = (query: unknown) => parseBody(batchListQuery, query);
 
 export const fileBody = ({ id, bytes, createdMs, expiresS, filename, purpose }: FileRecord) => ({
   id,

@@ -32,24 +32,35 @@ export function callBodies(jobId: string, choice: number, text: string, style: C
   return { content: content === '' ? null : content, calls };
 }
 
-/** What a piece of a stream adds: text, and beginnings and arguments of calls. */
+export interface CallDelta {
+  readonly index: number;
+  readonly id?: string;
+  readonly type?: 'function';
+  readonly function: { readonly name?: string; readonly arguments: string };
+}
+
+/** What a piece of a stream adds: text, and beginnings and arguments of calls; of each call at most one entry. */
 export function deltaBody(jobId: string, choice: number, deltas: readonly AnswerDelta[]) {
-  const content = deltas.flatMap((delta) => (delta.kind === 'content' ? [delta.text] : []));
-  const calls = deltas.flatMap((delta) => {
-    switch (delta.kind) {
-      case 'content':
-        return [];
-      case 'call': {
-        const id = callId(jobId, choice, delta.index);
-        const called = { name: delta.name, arguments: '' };
-        return [{ index: delta.index, id, type: 'function', function: called }];
-      }
-      case 'arguments':
-        return [{ index: delta.index, function: { arguments: delta.text } }];
+  let content = '';
+  const calls = new Map<number, CallDelta>();
+  for (const delta of deltas) {
+    if (delta.kind === 'content') {
+      content += delta.text;
+      continue;
     }
-  });
+    const { index } = delta;
+    if (delta.kind === 'call') {
+      const id = callId(jobId, choice, index);
+      const called = { name: delta.name, arguments: '' };
+      calls.set(index, { index, id, type: 'function', function: called });
+      continue;
+    }
+    const begun = calls.get(index) ?? { index, function: { arguments: '' } };
+    const called = { ...begun.function, arguments: begun.function.arguments + delta.text };
+    calls.set(index, { ...begun, function: called });
+  }
   return {
-    ...(content.length > 0 ? { content: content.join('') } : {}),
-    ...(calls.length > 0 ? { tool_calls: calls } : {}),
+    ...(content === '' ? {} : { content }),
+    ...(calls.size === 0 ? {} : { tool_calls: [...calls.values()] }),
   };
 }

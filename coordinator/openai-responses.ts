@@ -2,6 +2,7 @@
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
 import { parseChat, type Asked, type ServedModel } from './openai.js';
+import { parseBody, refuse } from './openai-refusal.js';
 import type { ResponseMessage } from './store-responses.js';
 
 const part = z.object({ type: z.enum(['input_text', 'output_text']), text: z.string() });
@@ -14,7 +15,7 @@ const message = z.object({
   }),
 });
 
-const responseBody = z.object({
+export const responseBody = z.object({
   model: z.string().nullish(),
   input: z.union([z.string(), z.array(message).min(1)], {
     error: 'must be a string, or an array of messages of text',
@@ -51,17 +52,9 @@ export interface AskedResponse {
 export function parseResponseBody(body: unknown): ResponseBody {
   const { tools } = body as { tools?: unknown };
   if (Array.isArray(tools) && tools.length > 0) {
-    throw new CaravanError(
-      'invalid_request',
-      'tools: are taken by /v1/chat/completions, not by /v1/responses',
-      { param: 'tools' },
-    );
+    refuse('tools', 'are taken by /v1/chat/completions, not by /v1/responses');
   }
-  const parsed = responseBody.safeParse(body);
-  if (parsed.success) return parsed.data;
-  const issue = parsed.error.issues[0];
-  const param = issue?.path.join('.') ?? '';
-  throw new CaravanError('invalid_request', `${param}: ${issue?.message ?? 'is wrong'}`, { param });
+  return parseBody(responseBody, body);
 }
 
 /** The field of a chat's body, as a response's body names it. */

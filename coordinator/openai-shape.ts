@@ -5,6 +5,7 @@
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
 import type { CallsSpec, GrammarCache, GrammarSpec } from './grammar.js';
+import { refuse } from './openai-refusal.js';
 
 const MAX_CHOICES = 10_000;
 const MAX_CHOICE_CHARACTERS = 10_000;
@@ -44,10 +45,6 @@ export const shapeFields = {
 };
 
 export type ShapeBody = z.infer<z.ZodObject<typeof shapeFields>>;
-
-const refuse = (param: string, message: string): never => {
-  throw new CaravanError('invalid_request', `${param}: ${message}`, { param });
-};
 
 /** What a body asks for, with the field that says so. */
 function specOf(asked: ShapeBody): (readonly [field: string, spec: GrammarSpec])[] {

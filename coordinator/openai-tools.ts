@@ -6,8 +6,8 @@
  */
 import { z } from 'zod';
 import type { ChatMessage } from '../model/chat-template.js';
-import { CaravanError } from '../proto/errors.js';
 import type { GrammarSpec } from './grammar.js';
+import { refuse } from './openai-refusal.js';
 import type { CallStyle } from './tool-calls.js';
 
 const MAX_TOOLS = 128;
@@ -58,10 +58,6 @@ export type ToolBody = z.infer<z.ZodObject<typeof toolFields>>;
 export type ToolMessage = z.infer<z.ZodObject<typeof toolMessageFields>> & {
   readonly role: string;
   readonly content: string | null;
-};
-
-const refuse = (param: string, message: string): never => {
-  throw new CaravanError('invalid_request', `${param}: ${message}`, { param });
 };
 
 /** The tools that an answer may call, and the grammar of such answers; null where it may call none. */

@@ -9,6 +9,7 @@ import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import type { CallsSpec, GrammarCache } from './grammar.js';
+import { asObject, parseBody, refuse } from './openai-refusal.js';
 import { promptField, promptsOf } from './openai-prompts.js';
 import { grammarOf, shapeFields } from './openai-shape.js';
 import {
@@ -82,7 +83,7 @@ const common = {
 
 const textPart = z.object({ type: z.literal('text'), text: z.string() });
 
-const chatBody = z.object({
+export const chatBody = z.object({
   ...common,
   ...toolFields,
   messages: z
@@ -109,7 +110,7 @@ const chatBody = z.object({
   top_logprobs: maybe(z.number().int().min(0).max(MAX_LOGPROBS)),
 });
 
-const completionBody = z.object({
+export const completionBody = z.object({
   ...common,
   prompt: maybe(promptField),
   // None at all only looks at the prompt, for its logprobs.
@@ -134,17 +135,9 @@ const unsupported: Readonly<Record<string, (value: unknown) => boolean>> = {
 const isEmpty = (value: unknown): boolean =>
   typeof value === 'object' && value !== null && Object.keys(value).length === 0;
 
-/** A refusal of one field. */
-const refuse = (param: string, message: string): never => {
-  throw new CaravanError('invalid_request', `${param}: ${message}`, { param });
-};
-
 /** The model that a body names, if it names one. @throws CaravanError `invalid_request`. */
 export function modelNameOf(body: unknown): string | null {
-  if (typeof body !== 'object' || body === null || Array.isArray(body)) {
-    throw new CaravanError('invalid_request', 'the body must be a JSON object');
-  }
-  const { model } = body as { model?: unknown };
+  const { model } = asObject(body);
   if (model === undefined || model === null) return null;
   return typeof model === 'string' ? model : refuse('model', 'must be a string');
 }
@@ -236,11 +229,7 @@ function parse<T extends z.ZodType>(schema: T, body: unknown): z.infer<T> {
     const value = (body as Record<string, unknown>)[field];
     if (!asksNothing(value)) refuse(field, `${JSON.stringify(value)} is not supported yet`);
   }
-  const parsed = schema.safeParse(body);
-  if (parsed.success) return parsed.data;
-  const issue = parsed.error.issues[0];
-  const param = issue?.path.join('.') ?? '';
-  throw new CaravanError('invalid_request', `${param}: ${issue?.message ?? 'is wrong'}`, { param });
+  return parseBody(schema, body);
 }
 
 function finish(

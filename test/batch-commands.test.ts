@@ -5,7 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import { openStorage } from '../coordinator/file-place.js';
-import type { BatchView } from '../coordinator/gateway-client.js';
+import type { Batch } from 'caravan/client';
 import { startBatchWorld } from './batch-world.js';
 import { runCli, runCliJson } from './cli.js';
 import { s3Credentials, startS3 } from './s3-server.js';
@@ -67,11 +67,11 @@ void test('a file is submitted, its batch waited for, and its results fetched', 
 
   const status = await runCli(['batch', 'status', id, ...url]);
   assert.match(status.stdout, new RegExp(`^${id}  completed  3 of 3 done, 1 failed  created 20`));
-  const view = (await runCliJson(['batch', 'status', id, '--watch', ...url])) as BatchView;
+  const view = (await runCliJson(['batch', 'status', id, '--watch', ...url])) as Batch;
   assert.deepEqual(view.request_counts, { total: 3, completed: 2, failed: 1 });
   const stored = s3.objects.get(`nights/files/${view.output_file_id!}`);
   assert.equal(stored?.toString(), results.stdout);
-  const listed = (await runCliJson(['batch', 'list', '--limit', '1', ...url])) as BatchView[];
+  const listed = (await runCliJson(['batch', 'list', '--limit', '1', ...url])) as Batch[];
   assert.equal(listed[0]!.id, id);
 });
 
@@ -87,7 +87,7 @@ void test('a batch that does not complete says why, and what is done can be fetc
     line(`s${i}`, { max_tokens: 450, ignore_eos: true }),
   );
   const file = input('slow.jsonl', [line('quick', {}), ...slow]);
-  const created = (await runCliJson(['batch', 'submit', file, ...url])) as BatchView;
+  const created = (await runCliJson(['batch', 'submit', file, ...url])) as Batch;
   await world.until(created.id, ({ request_counts }) => request_counts!.completed > 0);
   const cancelled = await runCli(['batch', 'cancel', created.id, ...url]);
   assert.equal(cancelled.code, 0, cancelled.stderr);

@@ -3,7 +3,11 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
 import type { Command } from 'commander';
+import { pino } from 'pino';
 import { createProgram } from '../coordinator/cli/program.js';
+import { createHttpServer, type HttpRoutes } from '../coordinator/http.js';
+import { routeDescriptions } from '../coordinator/openapi-routes.js';
+import { GatewayMetrics } from '../coordinator/metrics.js';
 import { packageRoot } from '../coordinator/package-root.js';
 import { errorTable } from '../proto/errors.js';
 
@@ -54,6 +58,28 @@ void test('docs/errors.md lists exactly the codes that exist, with their facts',
       rule.meaning,
     ]),
   );
+});
+
+void test('every route that is served is described, and no other', async () => {
+  // Its routes are looked at, not asked.
+  const app = createHttpServer(
+    { metrics: new GatewayMetrics() } as HttpRoutes,
+    pino({ level: 'silent' }),
+  );
+  const { paths } = (await app.inject('/openapi.json')).json<{
+    paths: Record<string, Record<string, { summary?: string }>>;
+  }>();
+  const operations = Object.entries(paths).flatMap(([path, methods]) =>
+    Object.entries(methods).map(([method, { summary }]) => ({
+      name: `${method} ${path}`,
+      summary,
+    })),
+  );
+  for (const { name, summary } of operations) {
+    assert.ok(summary, `${name}: describe it in coordinator/openapi-routes.ts`);
+  }
+  assert.equal(operations.length, Object.keys(routeDescriptions).length);
+  await app.close();
 });
 
 void test('docs/parity.md names tests that exist', () => {

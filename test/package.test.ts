@@ -32,6 +32,7 @@ async function install(): Promise<string> {
 }
 
 const program = `
+import { CaravanClient } from 'caravan/client';
 import { CaravanError, Llama, type ChatPrediction, type Dialog } from 'caravan';
 
 const llama = await Llama.build();
@@ -41,6 +42,8 @@ const text: string = answer!.generation.content;
 const refusal: unknown = await llama.textCompletion(['a'], { topP: 2 }).catch((error: unknown) => error);
 console.log(JSON.stringify([text, refusal instanceof CaravanError && refusal.code]));
 await llama.close();
+const stream: AsyncIterable<{ choices: { delta: { content?: string | undefined } }[] }> = new CaravanClient().streamChat({ messages: [] });
+void stream;
 `;
 
 void test('a program imports the packed package and its types, and the packed command runs', async () => {

@@ -1,6 +1,7 @@
 /** `caravan batch`: files of requests in, files of results out, over the gateway. */
 import fs from 'node:fs';
-import { rename, rm } from 'node:fs/promises';
+import { access, constants, rename, rm } from 'node:fs/promises';
+import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
@@ -8,9 +9,9 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Command } from 'commander';
 import { z } from 'zod';
 import { CaravanError } from '../../proto/errors.js';
-import { isEnded, type BatchStatus } from '../batch.js';
+import { isEnded } from '../batch.js';
 import { storageError } from '../file-storage.js';
-import { GatewayClient, type BatchView } from '../gateway-client.js';
+import { CaravanClient, type Batch } from '../client.js';
 import { ProgressBar } from '../progress-bar.js';
 import { checked, declareSettings } from './options.js';
 
@@ -50,11 +51,14 @@ function registerSubmit(batch: Command): void {
       const endpoint = own.endpoint ?? (await endpointOf(file));
       const bar = new ProgressBar('upload', process.stderr);
       bar.expect(fs.statSync(file).size);
-      const fileId = await client.upload(file, (count) => {
+      const onBytes = (count: number): void => {
         bar.advance(count, true);
-      });
+      };
+      const content = await readable(file);
+      const { id: fileId } = await client.upload(content, path.basename(file), { onBytes, signal });
       bar.end();
-      let view = await client.createBatch(fileId, endpoint, own.window ?? '24h');
+      const order = { input_file_id: fileId, completion_window: own.window ?? '24h' };
+      let view = await client.createBatch({ ...order, endpoint }, { signal });
       if (own.wait === true) view = await untilEnded(client, view.id, signal);
       process.stdout.write(s.json ? `${JSON.stringify(view)}\n` : `${view.id}\n`);
       if (own.wait === true) throwUnlessCompleted(view);
@@ -73,7 +77,9 @@ function registerStatus(batch: Command): void {
     const s = settings();
     const { watch } = command.opts<{ watch?: true }>();
     await withClient(s, async (client, signal) => {
-      const view = await (watch === true ? untilEnded(client, id, signal) : client.batch(id));
+      const view = await (watch === true
+        ? untilEnded(client, id, signal)
+        : client.batch(id, { signal }));
       process.stdout.write(s.json ? `${JSON.stringify(view)}\n` : told(view));
     });
   });
@@ -92,13 +98,16 @@ function registerResults(batch: Command): void {
     await withClient(settings(), async (client, signal) => {
       const view = await untilEnded(client, id, signal);
       if (view.output_file_id !== undefined) {
-        const content = client.content(view.output_file_id);
+        const content = client.fileContent(view.output_file_id, { signal });
         if (output !== undefined) await save(content, output);
         else for await (const piece of content) await print(piece);
       }
       if (view.error_file_id !== undefined) {
-        if (errors !== undefined) await save(client.content(view.error_file_id), errors);
-        else say(`${view.request_counts.failed} requests failed; --errors FILE fetches why`);
+        if (errors !== undefined) {
+          await save(client.fileContent(view.error_file_id, { signal }), errors);
+        }
+        if (errors === undefined)
+          say(`${view.request_counts.failed} requests failed; --errors FILE fetches why`);
       }
       throwUnlessCompleted(view);
     });
@@ -113,8 +122,8 @@ function registerCancel(batch: Command): void {
   const settings = declareSettings(command, sharedSettings);
   command.action(async (id: string) => {
     const s = settings();
-    await withClient(s, async (client) => {
-      const view = await client.cancelBatch(id);
+    await withClient(s, async (client, signal) => {
+      const view = await client.cancelBatch(id, { signal });
       process.stdout.write(s.json ? `${JSON.stringify(view)}\n` : told(view));
     });
   });
@@ -133,8 +142,8 @@ function registerList(batch: Command): void {
   command.action(async () => {
     const s = settings();
     const { limit = 20 } = command.opts<{ limit?: number }>();
-    await withClient(s, async (client) => {
-      const views = await client.batches(limit);
+    await withClient(s, async (client, signal) => {
+      const { data: views } = await client.batches({ limit }, { signal });
       process.stdout.write(s.json ? `${JSON.stringify(views)}\n` : views.map(told).join(''));
     });
   });
@@ -147,7 +156,7 @@ const say = (line: string): void => {
 /** Ctrl-C ends the command, not the batch. */
 async function withClient(
   { url, apiKey }: { readonly url: string; readonly apiKey: string | undefined },
-  use: (client: GatewayClient, signal: AbortSignal) => Promise<void>,
+  use: (client: CaravanClient, signal: AbortSignal) => Promise<void>,
 ): Promise<void> {
   const interrupted = new AbortController();
   const interrupt = (): void => {
@@ -156,10 +165,20 @@ async function withClient(
   process.once('SIGINT', interrupt);
   process.once('SIGTERM', interrupt);
   try {
-    await use(new GatewayClient(url, apiKey, interrupted.signal), interrupted.signal);
+    await use(new CaravanClient({ url, apiKey }), interrupted.signal);
   } finally {
     process.removeListener('SIGINT', interrupt);
     process.removeListener('SIGTERM', interrupt);
+  }
+}
+
+/** @throws CaravanError `bad_usage`. */
+async function readable(file: string): Promise<Blob> {
+  try {
+    await access(file, constants.R_OK);
+    return await fs.openAsBlob(file);
+  } catch (cause) {
+    throw new CaravanError('bad_usage', `${file}: cannot be read`, { cause });
   }
 }
 
@@ -183,11 +202,7 @@ async function endpointOf(file: string): Promise<string> {
 }
 
 /** Looks at a batch until it has ended, with a bar. */
-async function untilEnded(
-  client: GatewayClient,
-  id: string,
-  signal: AbortSignal,
-): Promise<BatchView> {
+async function untilEnded(client: CaravanClient, id: string, signal: AbortSignal): Promise<Batch> {
   const spell = (count: number): string =>
     Number.isInteger(count) ? String(count) : count.toFixed(1);
   const bar = new ProgressBar(id, process.stderr, { spell, rateWindowMs: RATE_WINDOW_MS });
@@ -196,7 +211,7 @@ async function untilEnded(
   let lastMs = performance.now();
   for (;;) {
     try {
-      const view = await client.batch(id);
+      const view = await client.batch(id, { signal });
       lastMs = performance.now();
       const { total, completed, failed } = view.request_counts;
       if (!isExpected && total > 0) bar.expect(total);
@@ -204,7 +219,7 @@ async function untilEnded(
       bar.advance(completed + failed - (done ?? 0), done !== null);
       done = completed + failed;
       bar.note(failed === 0 ? view.status : `${view.status}, ${failed} failed`);
-      if (isEnded(view.status as BatchStatus)) {
+      if (isEnded(view.status)) {
         bar.end();
         return view;
       }
@@ -217,7 +232,7 @@ async function untilEnded(
   }
 }
 
-function told({ id, status, request_counts, errors, created_at, expires_at }: BatchView): string {
+function told({ id, status, request_counts, errors, created_at, expires_at }: Batch): string {
   const { total, completed, failed } = request_counts;
   const at = (seconds: number | undefined): string =>
     seconds === undefined ? '' : new Date(1000 * seconds).toISOString();
@@ -229,7 +244,7 @@ function told({ id, status, request_counts, errors, created_at, expires_at }: Ba
   return `${id}  ${status}  ${counts}  ${times}\n${faults.join('')}`;
 }
 
-function throwUnlessCompleted({ id, status, errors }: BatchView): void {
+function throwUnlessCompleted({ id, status, errors }: Batch): void {
   if (status === 'completed') return;
   const first = errors?.data[0];
   const where = first?.line == null ? '' : `line ${first.line}: `;
