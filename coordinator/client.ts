@@ -24,6 +24,7 @@ export type CompletionChunk = z.infer<typeof answers.completionChunk>;
 export type ResponseRequest = Omit<z.input<typeof responseBody>, 'stream'>;
 export type ResponseBody = z.infer<typeof answers.response>;
 export type ResponseEvent = z.infer<typeof answers.responseEvent>;
+export type Job = z.infer<typeof answers.jobObject>;
 export type Model = z.infer<typeof answers.modelObject>;
 export type TokenizeRequest = z.input<typeof tokenizeBody>;
 export type Tokenized = z.infer<typeof answers.tokenized>;
@@ -114,6 +115,16 @@ export class CaravanClient {
     const resume = (id: string): string => eventsRoute(id, 'completion');
     const call = { route: resume(jobId), init: {}, resume, after };
     return new AnswerStream(this.#transport, call, { signal });
+  }
+
+  /** Where a job stands. */
+  job(id: string, options?: CallOptions): Promise<Job> {
+    return this.#get(`/v1/jobs/${encodeURIComponent(id)}`, options);
+  }
+
+  /** A job that has ended stays as it is. */
+  cancelJob(id: string, options?: CallOptions): Promise<Job> {
+    return this.#post(`/v1/jobs/${encodeURIComponent(id)}/cancel`, undefined, options);
   }
 
   async models(options?: CallOptions): Promise<readonly Model[]> {

@@ -298,4 +298,17 @@ export const batchObject = z.object({
 
 export const batchList = listOf(batchObject);
 
+export const jobObject = z.object({
+  id: z.string(),
+  object: z.literal('job'),
+  status: z.enum(['waiting', 'running', 'completed', 'failed', 'cancelled', 'expired']),
+  model: z.string(),
+  created_at: seconds,
+  priority: z.number().int(),
+  deadline_at: seconds.nullable(),
+  finish_reason: completionReason.nullable(),
+  usage: usage.nullable(),
+  error: z.object({ code: z.string(), message: z.string() }).nullable(),
+});
+
 export const health = z.object({ status: z.literal('ok'), engines: count.optional() });

@@ -34,6 +34,7 @@ export const answerSchemas = {
   FileList: answers.fileList,
   Batch: answers.batchObject,
   BatchList: answers.batchList,
+  Job: answers.jobObject,
   Health: answers.health,
 } as const satisfies Record<string, z.ZodType>;
 
@@ -68,6 +69,8 @@ export const routeDescriptions: Readonly<Record<string, RouteDescription>> = {
   },
   'GET /v1/responses/:id': { summary: 'A response of the last day.', answer: 'Response' },
   'DELETE /v1/responses/:id': { summary: 'Forgets a response.', answer: 'Deleted' },
+  'GET /v1/jobs/:id': { summary: 'Where a job stands.', answer: 'Job' },
+  'POST /v1/jobs/:id/cancel': { summary: 'Cancels a job.', answer: 'Job' },
   'GET /v1/jobs/:id/events': {
     summary: 'The stream of a job from its beginning, or after the last event that a client has.',
     query: eventsQuery,
