@@ -2,6 +2,7 @@
  * What a group of ranks is told, and what that means for memory. Arithmetic, but for the size of this machine.
  */
 import os from 'node:os';
+import path from 'node:path';
 import type { Checkpoint } from '../model/checkpoint.js';
 import { kvBytes, planRanks, type RankPlan } from '../model/plan.js';
 import { shapeOf } from '../model/stored-tensor.js';
@@ -13,7 +14,7 @@ import {
   type WeightsMode,
 } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
-import { Transport } from '../proto/gen/cluster.js';
+import { Transport, type WeightCache } from '../proto/gen/cluster.js';
 import type { Config } from './config.js';
 import type { GroupSpec } from './ranks.js';
 
@@ -25,6 +26,20 @@ export interface GroupLimits {
   readonly maxStepRows: number;
   /** `auto` if left out. */
   readonly transport?: Config['transport'];
+  /** Where ranks keep their weights for the next start; nowhere if left out. */
+  readonly keptWeights?: WeightCache | undefined;
+}
+
+/** The settings of the weight cache, which every command that starts or drives ranks takes. */
+export const weightCacheSettingNames = ['weightCache', 'weightCacheMax'] as const;
+
+/** What ranks are told of the weight cache. A folder is one of theirs: relative ones mean nothing to them. */
+export function weightCacheTerms(
+  s: Pick<Config, (typeof weightCacheSettingNames)[number]>,
+): WeightCache | undefined {
+  if (s.weightCache === 'off') return undefined;
+  const folder = s.weightCache === undefined ? '' : path.resolve(s.weightCache);
+  return { folder, maxBytes: s.weightCacheMax };
 }
 
 /** A group that can be: its spec, and what every rank holds. */
@@ -98,6 +113,7 @@ export function planGroup(
       maxStepRows: Math.max(limits.maxStepRows, limits.maxBatchSize + 16),
       stepTimeoutMs: DEFAULT_STEP_TIMEOUT_MS,
       transport: transports[limits.transport ?? 'auto'],
+      weightCache: limits.keptWeights,
     };
     const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);
     return { spec, weights, forms, ranks, neededBytes };

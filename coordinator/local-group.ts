@@ -9,6 +9,7 @@ import {
 } from '../model/checkpoint.js';
 import { planRanks, slicesOf } from '../model/plan.js';
 import { planGroup, type GroupLimits } from './group-spec.js';
+import { LoadBars } from './load-bars.js';
 import { startLocalRank, stopLocalRank, threadsPerRank, type LocalRank } from './local-ranks.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 
@@ -60,10 +61,13 @@ export async function startLocalGroup(options: LocalGroupOptions): Promise<Start
     const settled = await Promise.allSettled(starting);
     for (const result of settled) if (result.status === 'fulfilled') started.push(result.value);
     for (const result of settled) if (result.status === 'rejected') throw result.reason;
-    const ranks = await Ranks.connect(
-      started.map(({ address }) => address),
-      spec,
-    );
+    const bars = new LoadBars(tp, process.stderr);
+    const addresses = started.map(({ address }) => address);
+    const onProgress = bars.progress.bind(bars);
+    const ranks = await Ranks.connect(addresses, spec, { onProgress }).finally(() => {
+      bars.end();
+    });
+    for (const fault of ranks.cacheFaults) process.stderr.write(`caravan: ${fault}\n`);
     const close = async (): Promise<void> => {
       ranks.close();
       await stopAll();

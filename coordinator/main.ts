@@ -10,6 +10,7 @@ import { checkpointName, type Checkpoint } from '../model/checkpoint.js';
 import { readGenerationDefaults } from '../model/generation-config.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
+import type { LoadProgress, WeightCache } from '../proto/gen/cluster.js';
 import type { Config } from './config.js';
 import { EngineHealth } from './engine-health.js';
 import { RankEngine, type StepFigures } from './engine.js';
@@ -44,6 +45,9 @@ export interface CoordinatorOptions {
   readonly stallTimeoutMs: number;
   /** Called once, when probes and metrics are served. */
   readonly onFace?: (url: string) => void;
+  readonly keptWeights?: WeightCache | undefined;
+  /** Hears how far ranks have loaded, also when a group is formed anew. */
+  readonly onProgress?: (rank: number, progress: LoadProgress) => void;
   /** Called once, when the first group serves. */
   readonly onReady: (card: ModelCard) => void;
   readonly onStep?: (figures: StepFigures) => void;
@@ -123,8 +127,10 @@ export async function runCoordinator(
           onProgress: (rank, progress) => {
             health.rankLoading(rank, progress.bytesRead, progress.bytesTotal);
             log.debug({ rank, ...progress }, 'loading');
+            options.onProgress?.(rank, progress);
           },
         });
+        for (const fault of ranks.cacheFaults) log.warn(fault);
         retryMs = FIRST_RETRY_MS;
         try {
           await orAborted(store.publishCard(card), over);

@@ -1,5 +1,6 @@
 /** What the long-running processes have in common: signals, a parent to report to, a log. */
 import pino, { type Logger } from 'pino';
+import type { LoadProgress } from '../proto/gen/cluster.js';
 
 /** Lines of JSON on stderr; stdout is for results. */
 export const openLog = (name: string, level: string): Logger =>
@@ -48,3 +49,8 @@ export const drainTimeoutMs = (settings: {
   settings.drainTimeout === undefined
     ? undefined
     : Math.min(1000 * settings.drainTimeout, 2 ** 31 - 1);
+
+/** How far a rank has loaded, told to a parent that forked us, if there is one. */
+export function reportLoading(rank: number, progress: LoadProgress): void {
+  process.send?.({ type: 'loading', rank, progress });
+}

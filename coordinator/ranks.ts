@@ -14,6 +14,7 @@ import {
   type Step,
   type StepResult,
   type Transport,
+  type WeightCache,
   type Weights,
 } from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
@@ -29,6 +30,8 @@ export interface GroupSpec {
   readonly maxStepRows: number;
   readonly stepTimeoutMs: number;
   readonly transport: Transport;
+  /** Left out where weights are not kept for the next start. */
+  readonly weightCache: WeightCache | undefined;
 }
 
 export interface ConnectOptions {
@@ -110,6 +113,12 @@ export class Ranks {
     } finally {
       options.signal?.removeEventListener('abort', close);
     }
+  }
+
+  /** Why weights were not kept for the next start: a line for each reason, not for each rank. */
+  get cacheFaults(): string[] {
+    const faults = this.loaded.map(({ cacheFault }) => cacheFault);
+    return [...new Set(faults)].filter((fault) => fault !== '');
   }
 
   /** Resolves, with the reason, when any rank is lost. */

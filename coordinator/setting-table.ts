@@ -4,6 +4,7 @@ import { EMBEDDED_MODEL } from './package-root.js';
 import { processSettings } from './process-settings.js';
 import {
   addresses,
+  byteCount,
   defaulted,
   fromText,
   number,
@@ -60,6 +61,20 @@ export const settingTable = {
     description: 'how ranks exchange partials: shm between those of one host, grpc, or auto',
     rule: 'one of auto, grpc, shm',
     schema: z.enum(['auto', 'grpc', 'shm']),
+  }),
+  weightCache: optional({
+    argument: '<folder>',
+    description:
+      "folder where ranks keep their weights for the next start, or off (default: in the rank's cache folder)",
+    rule: 'a folder or off',
+    schema: text,
+  }),
+  weightCacheMax: defaulted(100e9, {
+    argument: '<bytes>',
+    description:
+      'most bytes of all weights kept there, as 500MB or 1.5TB; the least recently used go',
+    rule: 'a number of bytes up to 1PB, as 1000000, 500MB or 1.5TB',
+    schema: byteCount(0, 1e15),
   }),
   maxSeqLen: optional({
     argument: '<n>',

@@ -58,3 +58,13 @@ export const addresses = z.preprocess(
   z.array(z.string().regex(address)).min(1).max(256),
 );
 export const redisUrl = z.string().regex(/^(rediss?:\/\/\S+|unix:\/\/\S+)$/);
+
+const byteUnits = ['', 'k', 'm', 'g', 't'];
+/** `500MB`, `1.5 GB` or a number of bytes. */
+export const byteCount = (least: number, most: number): z.ZodType<number> =>
+  z.preprocess((value) => {
+    const [, figure, unit] =
+      typeof value === 'string' ? (/^(\d+\.?\d*|\.\d+) ?([kmgt]?)b?$/i.exec(value) ?? []) : [];
+    if (figure === undefined) return value;
+    return Math.floor(Number(figure) * 1000 ** byteUnits.indexOf(unit!.toLowerCase()));
+  }, z.number().int().min(least).max(most));

@@ -92,12 +92,23 @@ export class SupervisedChild {
 /**
  * A Node process of ours: it says `ready` on its channel, and ends when the channel closes. A process group
  * of its own, so that Ctrl-C reaches the parent alone, which then decides.
+ *
+ * @param onMessage hears of all that it says on its channel, whenever it was started.
  */
-export function nodeChild(name: string, entry: string, args: readonly string[]): ChildSpec {
+export function nodeChild(
+  name: string,
+  entry: string,
+  args: readonly string[],
+  onMessage?: (message: Readonly<Record<string, unknown>>) => void,
+): ChildSpec {
   return {
     name,
-    start: () =>
-      fork(entry, args, { detached: true, stdio: ['ignore', 'ignore', 'inherit', 'ipc'] }),
+    start: () => {
+      const stdio = ['ignore', 'ignore', 'inherit', 'ipc'] as const;
+      const child = fork(entry, args, { detached: true, stdio: [...stdio] });
+      if (onMessage !== undefined) child.on('message', onMessage);
+      return child;
+    },
     ready: (child) =>
       settle(name, child, (resolve) => {
         child.on('message', (message: { type?: string }) => {

@@ -1,6 +1,7 @@
 /** Runs the command line as a user would: a process of its own, with a clean environment. */
 import { spawn } from 'node:child_process';
 import { cliEntry } from '../coordinator/package-root.js';
+import { cleanEnvironment } from './environment.js';
 
 export interface CliRun {
   /** Exit code, or null when it was killed at the deadline. */
@@ -10,15 +11,10 @@ export interface CliRun {
   readonly wallMs: number;
 }
 
-/** Settings of whoever runs the tests must not reach the command. */
-const environment = Object.fromEntries(
-  Object.entries(process.env).filter(([name]) => !name.startsWith('CARAVAN_')),
-);
-
 export function runCli(args: readonly string[], timeoutMs = 60_000): Promise<CliRun> {
   const startMs = performance.now();
   const child = spawn(process.execPath, [cliEntry, ...args], {
-    env: environment,
+    env: cleanEnvironment,
     stdio: ['ignore', 'pipe', 'pipe'],
   });
   let stdout = '';

@@ -3,13 +3,9 @@ import { fork } from 'node:child_process';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import { cliEntry } from '../coordinator/package-root.js';
+import { cleanEnvironment } from './environment.js';
 
 const START_TIMEOUT_MS = 30_000;
-
-/** Settings of whoever runs the tests must not reach the gateway. */
-const environment = Object.fromEntries(
-  Object.entries(process.env).filter(([name]) => !name.startsWith('CARAVAN_')),
-);
 
 export interface GatewayProcess {
   readonly url: string;
@@ -28,7 +24,7 @@ export async function startGatewayProcess(
 ): Promise<GatewayProcess> {
   const base = ['gateway', '--redis', redisUrl, '--port', '0', '--log-level', 'error'];
   const child = fork(cliEntry, [...base, ...args], {
-    env: environment,
+    env: cleanEnvironment,
     execArgv: [`--max-old-space-size=${heapMegabytes}`],
     stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
   });

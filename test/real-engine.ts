@@ -10,13 +10,9 @@ import { startLocalRank, stopLocalRank, type LocalRank } from '../coordinator/lo
 import { cliEntry } from '../coordinator/package-root.js';
 import { embeddedModelPath } from '../model/checkpoint.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
+import { cleanEnvironment } from './environment.js';
 
 const START_TIMEOUT_MS = 60_000;
-
-/** Settings of whoever runs the tests must not reach the coordinator. */
-const environment = Object.fromEntries(
-  Object.entries(process.env).filter(([name]) => !name.startsWith('CARAVAN_')),
-);
 
 export interface RealEngine {
   /** Name of its model card. */
@@ -55,7 +51,7 @@ export async function startEngine(
     const args = ['coordinator', '--ranks', addresses, '--redis', redisUrl, '--exact'];
     const limits = ['--max-batch-size', String(maxBatchSize), '--log-level', 'error', ...more];
     const child = fork(cliEntry, [...args, '--model', 'caravan-tiny', ...limits], {
-      env: environment,
+      env: cleanEnvironment,
       stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
     });
     coordinator = child;

@@ -41,7 +41,7 @@ const allowedRooms: Readonly<Record<string, readonly string[]>> = {
 
 /** The one owner of each third-party door. */
 const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
-  ['koffi', /^worker\/(ort|shared-memory)/],
+  ['koffi', /^worker\/(ort|shared-memory|mapped-file)/],
   ['onnxruntime-node', /^worker\/ort/],
   ['bullmq', /^coordinator\/queue/],
   ['ioredis', /^coordinator\/(queue|journal|store)/],

@@ -3,6 +3,7 @@ import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import { cliEntry } from '../coordinator/package-root.js';
+import { cleanEnvironment } from './environment.js';
 
 export interface UpProcess {
   readonly process: ChildProcess;
@@ -16,6 +17,7 @@ export interface UpProcess {
 export async function startUp(stateDir: string, args: readonly string[] = []): Promise<UpProcess> {
   const base = ['up', '--port', '0', '--tp', '2', '--state-dir', stateDir, '--log-level', 'error'];
   const child = spawn(process.execPath, [cliEntry, ...base, ...args], {
+    env: cleanEnvironment,
     stdio: ['ignore', 'pipe', 'inherit'],
   });
   child.stdout.setEncoding('utf8');

@@ -2,7 +2,7 @@
  * This rank's rows of the token embedding, looked up by our own code: a copy of a row is all that is asked of it.
  */
 import type { WeightForm } from '../model/weights.js';
-import { allocate, allocateBytes } from './memory.js';
+import type { ArraySource } from './linear.js';
 
 export class Embedding {
   readonly #hiddenSize: number;
@@ -12,13 +12,13 @@ export class Embedding {
   readonly #scales: Float32Array;
 
   /** @param form fp32, or else 8 bits with a scale a row. */
-  constructor(form: WeightForm, rowCount: number, hiddenSize: number) {
+  constructor(form: WeightForm, rowCount: number, hiddenSize: number, arrays: ArraySource) {
     this.#hiddenSize = hiddenSize;
     const isWhole = form.kind === 'fp32';
     this.#values = isWhole
-      ? allocate(rowCount * hiddenSize)
-      : new Int8Array(allocateBytes(rowCount * hiddenSize));
-    this.#scales = new Float32Array(isWhole ? 0 : rowCount);
+      ? new Float32Array(arrays.take(4 * rowCount * hiddenSize))
+      : new Int8Array(arrays.take(rowCount * hiddenSize));
+    this.#scales = isWhole ? new Float32Array(0) : new Float32Array(arrays.take(4 * rowCount));
   }
 
   /** @param rows (count, hidden), from our row `first`. */

@@ -8,11 +8,17 @@
  */
 import { setMaxListeners } from 'node:events';
 import { Server, ServerCredentials, type ServerDuplexStream } from '@grpc/grpc-js';
-import { openCheckpoint, sliceBytes } from '../model/checkpoint.js';
-import { listSlices, planRanks, slicesOf } from '../model/plan.js';
+import { openCheckpoint } from '../model/checkpoint.js';
+import { planRanks } from '../model/plan.js';
 import { weightForms, weightsCodes, weightsModes } from '../model/weights.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
-import { RankService, type Command, type Load, type Report } from '../proto/gen/cluster.js';
+import {
+  RankService,
+  type Command,
+  type Load,
+  type LoadProgress,
+  type Report,
+} from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
 import { checkLoad, Group } from './group.js';
 import type { Progress } from './health-port.js';
@@ -21,7 +27,8 @@ import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
 import type { Ort } from './ort.js';
 import { partialsMethod } from './partial-codec.js';
 import { peerChannelOptions } from './peers.js';
-import { Shard } from './shard.js';
+import type { Shard } from './shard.js';
+import { loadShard, type LoadedShard } from './shard-loading.js';
 
 type DriveCall = ServerDuplexStream<Command, Report>;
 
@@ -38,7 +45,8 @@ export class RankServer {
   readonly #log: RankLog;
   readonly #server = new Server(peerChannelOptions);
   readonly #lobby = new Lobby();
-  #kept: { readonly key: string; readonly shard: Shard } | null = null;
+  #kept: { readonly key: string; readonly shard: Shard; readonly cachedBytes: number } | null =
+    null;
   /** Resolves when the coordinator that holds the rank has let it go; null while nobody does. */
   #held: Promise<void> | null = null;
   #isHolderAlive = false;
@@ -181,6 +189,8 @@ export class RankServer {
       bytesRead: shard.bytesRead,
       vocabStart: vocab.start,
       vocabCount: vocab.count,
+      cachedBytes: shard.cachedBytes,
+      cacheFault: shard.cacheFault,
     };
     call.write({ kind: { $case: 'loaded', loaded } });
     this.#log.info({ rank: load.rank, tp: load.peers.length, ...loaded }, 'loaded');
@@ -192,7 +202,7 @@ export class RankServer {
     call: DriveCall,
     load: Load,
     signal: AbortSignal,
-  ): Promise<{ shard: Shard; bytesRead: number }> {
+  ): Promise<LoadedShard & { readonly bytesRead: number }> {
     const checkpoint = openCheckpoint(load.modelPath);
     checkLoad(load, checkpoint);
     const tp = load.peers.length;
@@ -202,35 +212,27 @@ export class RankServer {
     }
     const { digest, localStamp } = checkpoint;
     const key = [digest, localStamp, mode, load.isExact, load.rank, tp].join('\n');
-    if (this.#kept?.key === key) return { shard: this.#kept.shard, bytesRead: 0 };
+    if (this.#kept?.key === key) return { ...this.#kept, bytesRead: 0, cacheFault: '' };
     this.#kept?.shard.release();
     this.#kept = null;
     const forms = weightForms(checkpoint.config, tp, mode, load.isExact);
     const plan = planRanks(checkpoint.config, tp, forms.ffnGrid)[load.rank]!;
-    const bytesTotal = listSlices(slicesOf(checkpoint.config, plan)).reduce(
-      (sum, slice) => sum + sliceBytes(checkpoint, slice),
-      0,
-    );
     let reportedMs = 0;
+    const report = (loadProgress: LoadProgress): void => {
+      const nowMs = performance.now();
+      this.#movedMs = nowMs;
+      const isEnd = loadProgress.bytesRead >= loadProgress.bytesTotal;
+      if (nowMs - reportedMs < PROGRESS_EVERY_MS && !isEnd) return;
+      reportedMs = nowMs;
+      call.write({ kind: { $case: 'loadProgress', loadProgress } });
+    };
     holdLargeBlocks('loading');
-    const shard = await Shard.load(
-      this.#ort,
-      checkpoint,
-      plan,
-      forms,
-      (bytesRead) => {
-        this.#movedMs = performance.now();
-        if (performance.now() - reportedMs < PROGRESS_EVERY_MS) return;
-        reportedMs = performance.now();
-        const loadProgress = { bytesRead, bytesTotal };
-        call.write({ kind: { $case: 'loadProgress', loadProgress } });
-      },
-      signal,
-    );
-    this.#kept = { key, shard };
+    const origin = { checkpoint, plan, mode, forms };
+    const loaded = await loadShard(this.#ort, origin, load.weightCache, report, signal);
+    this.#kept = { key, shard: loaded.shard, cachedBytes: loaded.cachedBytes };
     collectGarbage();
     holdLargeBlocks('running');
-    return { shard, bytesRead: shard.bytesRead };
+    return { ...loaded, bytesRead: loaded.shard.bytesRead };
   }
 }
 

@@ -1,7 +1,6 @@
 /**
  * A shard: one rank's slices of the model, as loaded sessions. It knows nothing of slots or steps.
  */
-import type { Checkpoint } from '../model/checkpoint.js';
 import type { LlamaConfig } from '../model/config.js';
 import { slicesOf, type LayerSlices, type RankPlan } from '../model/plan.js';
 import { weightBytes, type FormVariant, type WeightForms } from '../model/weights.js';
@@ -14,10 +13,10 @@ import {
   headGraph,
   type GraphShape,
 } from './graph.js';
-import { linearWriter, type Linear } from './linear.js';
+import { linearWriter, type ArraySource, type Linear } from './linear.js';
 import { allocateBytes } from './memory.js';
-import type { Ort, Session } from './ort.js';
-import { WeightLoader } from './weight-loader.js';
+import type { Session } from './ort.js';
+import type { WeightLoader } from './weight-loader.js';
 
 /** A layer's segments, for steps of at most `maxRows` rows. */
 export interface LayerSessions {
@@ -39,6 +38,8 @@ export class Shard {
   readonly weightBytes: number;
   /** Bytes of slices that were read to build it. */
   readonly bytesRead: number;
+  /** Mapped memory that the weights lie in, or null. */
+  readonly memory: { close(): void } | null;
 
   private constructor(parts: Omit<Shard, 'release' | 'variantFor'>) {
     this.config = parts.config;
@@ -49,25 +50,24 @@ export class Shard {
     this.head = parts.head;
     this.weightBytes = parts.weightBytes;
     this.bytesRead = parts.bytesRead;
+    this.memory = parts.memory;
   }
 
   /**
    * Reads this rank's slices and builds its sessions, a layer at a time: beside the final weights only one
    * layer's matrices are in memory twice.
    *
-   * @param onProgress hears of the bytes read so far.
-   * @throws CaravanError `invalid_checkpoint`, `out_of_memory`, or `cancelled` when the signal aborts.
+   * @param memory what of the loader's weights lies in mapped memory: closed with the shard.
+   * @throws CaravanError `invalid_checkpoint`, `out_of_memory`, or `cancelled` when the loader is stopped;
+   *   DamagedWeights.
    */
   static async load(
-    ort: Ort,
-    checkpoint: Checkpoint,
+    config: LlamaConfig,
     plan: RankPlan,
     forms: WeightForms,
-    onProgress: (bytesRead: number) => void,
-    signal: AbortSignal,
+    loader: WeightLoader,
+    memory: { close(): void } | null,
   ): Promise<Shard> {
-    const { config } = checkpoint;
-    const loader = new WeightLoader(ort, checkpoint, onProgress, signal);
     const sessions: Session[] = [];
     const shape: GraphShape = { config, plan };
     const open: Open = (graph, ...matrices) => {
@@ -77,41 +77,43 @@ export class Shard {
     };
     try {
       const slices = slicesOf(config, plan);
-      const embedding = new Embedding(forms.embedding, plan.vocab.count, config.hiddenSize);
-      // A tied head is read once, with the embedding.
-      const head = linearWriter(forms.head, plan.vocab.count, config.hiddenSize, {
-        take: allocateBytes,
-      });
+      const { vocab } = plan;
       const isTied = slices.head === slices.embedding;
-      await loader.rows([slices.embedding], (rows, first, count) => {
-        embedding.write(rows, first, count);
-        if (isTied) head.write(rows, first, count);
+      // A tied head is read once, with the embedding.
+      const first = await loader.rows([slices.embedding], fresh, (arrays) => {
+        const embedding = new Embedding(forms.embedding, vocab.count, config.hiddenSize, arrays);
+        const head = isTied
+          ? linearWriter(forms.head, vocab.count, config.hiddenSize, arrays)
+          : null;
+        return {
+          embedding,
+          head: head?.linear,
+          write: (rows, row, count) => {
+            embedding.write(rows, row, count);
+            head?.write(rows, row, count);
+          },
+        };
       });
       const layers: LayerSessions[][] = [];
       for (const layer of slices.layers) {
         layers.push(await loadLayer(shape, layer, forms.variants, loader, open));
       }
       const norm = await loader.vector(slices.norm);
-      if (!isTied) {
-        await loader.rows([slices.head], (rows, first, count) => {
-          head.write(rows, first, count);
-        });
-      }
+      const head = first.head ?? (await loader.matrix([forms.head], slices.head))[0]!;
       return new Shard({
         config,
         plan,
-        embedding,
+        embedding: first.embedding,
         layers,
         attention: open(attentionGraph(shape)),
-        head: open(headGraph(shape, { norm, head: head.linear }), head.linear),
+        head: open(headGraph(shape, { norm, head }), head),
         weightBytes: weightBytes(config, plan, forms),
         bytesRead: loader.bytesRead,
+        memory,
       });
     } catch (error) {
       for (const session of sessions) session.release();
       throw error;
-    } finally {
-      loader.close();
     }
   }
 
@@ -128,8 +130,12 @@ export class Shard {
     }
     this.attention.release();
     this.head.release();
+    this.memory?.close();
   }
 }
+
+/** Memory that no other matrix will use. */
+const fresh: ArraySource = { take: allocateBytes };
 
 type Open = (graph: Parameters<WeightLoader['open']>[0], ...matrices: Linear[]) => Session;
 

@@ -11,31 +11,45 @@ import { GraphBuilder, type Graph } from './graph-builder.js';
 import { linearWriter, type ArraySource, type Linear } from './linear.js';
 import { elementType, type Ort, type Session } from './ort.js';
 import { allocate, allocateBytes } from './memory.js';
+import { recording, type WeightRecorder } from './weight-cache.js';
+import type { WeightFileReader } from './weight-file.js';
 
 /** Floats that are read before they are turned into another form. */
 const CHUNK_ELEMENTS = 1 << 22;
 
-/** Takes rows of a matrix, (count, inputs), from row `first` of all parts. */
-export type RowSink = (rows: Float32Array, first: number, count: number) => void;
+/** What is built of the rows of a matrix. */
+export interface RowSink {
+  /** @param rows (count, inputs), from row `first` of all parts. */
+  write(rows: Float32Array, first: number, count: number): void;
+}
+
+/** Where weights come from, and whether they are written down for the next start. */
+export type WeightSource =
+  | { readonly kind: 'checkpoint'; readonly recorder: WeightRecorder | null }
+  | { readonly kind: 'cache'; readonly file: WeightFileReader };
 
 export class WeightLoader {
   readonly #reader: SliceReader;
+  readonly #source: WeightSource;
   readonly #headSize: number;
-  readonly #onProgress: (bytesRead: number) => void;
+  readonly #onProgress: (bytesDone: number) => void;
   readonly #signal: AbortSignal;
   readonly #pool = new ArrayPool();
   readonly #packing: PackingProbe;
   readonly #ort: Ort;
   #chunk = new Float32Array(0);
+  #mappedBytes = 0;
 
-  /** @param onProgress hears of the bytes read so far. */
+  /** @param onProgress hears of the bytes read so far, of the checkpoint or of the cache. */
   constructor(
     ort: Ort,
     checkpoint: Checkpoint,
-    onProgress: (bytesRead: number) => void,
+    source: WeightSource,
+    onProgress: (bytesDone: number) => void,
     signal: AbortSignal,
   ) {
     this.#ort = ort;
+    this.#source = source;
     this.#reader = new SliceReader(checkpoint);
     this.#headSize = checkpoint.config.headSize;
     this.#onProgress = onProgress;
@@ -43,6 +57,7 @@ export class WeightLoader {
     this.#packing = new PackingProbe(ort);
   }
 
+  /** Of the checkpoint. */
   get bytesRead(): number {
     return this.#reader.bytesRead;
   }
@@ -52,8 +67,11 @@ export class WeightLoader {
   }
 
   async vector(slice: TensorSlice): Promise<Float32Array> {
-    const values = new Float32Array(slice.columns.count);
-    await this.#reader.read(slice, values, 0);
+    const count = slice.columns.count;
+    const { values } = await this.#build(slice.tensor, { take: allocateBytes }, (arrays) => {
+      const values = new Float32Array(arrays.take(4 * count));
+      return { values, read: () => this.#reader.read(slice, values, 0) };
+    });
     return values;
   }
 
@@ -61,19 +79,68 @@ export class WeightLoader {
   async matrix(forms: readonly WeightForm[], ...parts: TensorSlice[]): Promise<Linear[]> {
     const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
     const inputs = parts[0]!.columns.count;
-    const writers = forms.map((form) => linearWriter(form, outputs, inputs, this.#pool));
-    await this.rows(parts, (rows, first, count) => {
-      for (const writer of writers) writer.write(rows, first, count);
+    const { writers } = await this.rows(parts, this.#pool, (arrays) => {
+      const writers = forms.map((form) => linearWriter(form, outputs, inputs, arrays));
+      return {
+        writers,
+        write: (rows, first, count) => {
+          for (const writer of writers) writer.write(rows, first, count);
+        },
+      };
     });
     return writers.map(({ linear }) => linear);
   }
 
   /**
-   * Reads the rows of all parts, some at a time.
+   * What is built of the rows of all parts: from the cache, which holds the arrays as they were when all was written,
+   * or from the checkpoint, some rows at a time.
    *
-   * @throws CaravanError `invalid_checkpoint`, or `cancelled` when the signal aborts.
+   * @param build takes its arrays from the source, always the same ones in the same order.
+   * @throws CaravanError `invalid_checkpoint`, or `cancelled` when the signal aborts; DamagedWeights.
    */
-  async rows(parts: readonly TensorSlice[], sink: RowSink): Promise<void> {
+  async rows<T extends RowSink>(
+    parts: readonly TensorSlice[],
+    arrays: ArraySource,
+    build: (arrays: ArraySource) => T,
+  ): Promise<T> {
+    const { sink } = await this.#build(parts[0]!.tensor, arrays, (source) => {
+      const sink = build(source);
+      return { sink, read: () => this.#readRows(parts, sink) };
+    });
+    return sink;
+  }
+
+  async #build<T extends { read(): Promise<void> }>(
+    name: string,
+    arrays: ArraySource,
+    build: (arrays: ArraySource) => T,
+  ): Promise<T> {
+    const taken: ArrayBuffer[] = [];
+    const nameOf = (index: number): string => `${name} ${index}`;
+    if (this.#signal.aborted) throw new CaravanError('cancelled', 'loading was cancelled');
+    if (this.#source.kind === 'cache') {
+      const { file } = this.#source;
+      const mapped: ArraySource = {
+        take: (byteCount) => file.take(nameOf(taken.length), byteCount),
+      };
+      const built = build(recording(mapped, taken));
+      for (const [i, array] of taken.entries()) {
+        await file.check(nameOf(i), array);
+        this.#mappedBytes += array.byteLength;
+        this.#onProgress(this.#mappedBytes);
+      }
+      return built;
+    }
+    const { recorder } = this.#source;
+    // The arrays of a pool may still be on their way to the disk.
+    await recorder?.settled();
+    const built = build(recording(arrays, taken));
+    await built.read();
+    taken.forEach((array, i) => recorder?.append(nameOf(i), array));
+    return built;
+  }
+
+  async #readRows(parts: readonly TensorSlice[], sink: RowSink): Promise<void> {
     let first = 0;
     for (const part of parts) {
       const width = part.columns.count;
@@ -86,10 +153,10 @@ export class WeightLoader {
         if (this.#chunk.length < count * width) this.#chunk = allocate(count * width);
         const rows = { start: part.rows.start + done, count };
         await this.#reader.read({ ...part, rows }, this.#chunk, 0);
-        sink(this.#chunk, first, count);
+        sink.write(this.#chunk, first, count);
         first += count;
+        this.#onProgress(this.#reader.bytesRead);
       }
-      this.#onProgress(this.#reader.bytesRead);
     }
   }
 
@@ -97,8 +164,10 @@ export class WeightLoader {
   open(graph: Graph, matrices: readonly Linear[]): Session {
     const session = this.#ort.createSession(graph);
     for (const matrix of matrices) {
-      if (this.#packing.packs(matrix)) this.#pool.giveBack(matrix);
-      else session.keep(matrix);
+      if (!this.#packing.packs(matrix)) session.keep(matrix);
+      else if (this.#source.kind === 'checkpoint') this.#pool.giveBack(matrix);
+      else
+        for (const { buffer } of arraysOf(matrix)) this.#source.file.forget(buffer as ArrayBuffer);
     }
     return session;
   }

@@ -1,7 +1,14 @@
 /** `caravan coordinator`: one engine, over ranks that run already. */
 import type { Command } from 'commander';
+import { weightCacheSettingNames, weightCacheTerms } from '../group-spec.js';
 import { runCoordinator } from '../main.js';
-import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
+import {
+  drainTimeoutMs,
+  listenForShutdown,
+  openLog,
+  reportLoading,
+  reportReady,
+} from '../process.js';
 import { declareSettings } from './options.js';
 
 export function register(program: Command): void {
@@ -18,6 +25,7 @@ export function register(program: Command): void {
       'weights',
       'exact',
       'transport',
+      ...weightCacheSettingNames,
       'maxSeqLen',
       'maxBatchSize',
       'host',
@@ -43,6 +51,8 @@ export function register(program: Command): void {
         isExact: s.exact,
         weights: s.weights,
         transport: s.transport,
+        keptWeights: weightCacheTerms(s),
+        onProgress: reportLoading,
         host: s.host,
         metricsPort: s.metricsPort,
         stallTimeoutMs: 1000 * s.stallTimeout,

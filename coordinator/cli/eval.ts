@@ -4,6 +4,7 @@ import type { Command } from 'commander';
 import { z } from 'zod';
 import { CaravanError } from '../../proto/errors.js';
 import { evaluate, type Evaluation } from '../evaluation.js';
+import { weightCacheSettingNames, weightCacheTerms } from '../group-spec.js';
 import { withLocalGroup } from '../local-group.js';
 import { openModelTokenizer } from '../model-tokenizer.js';
 import { encodePrompt } from '../prompt.js';
@@ -35,6 +36,7 @@ export function register(program: Command): void {
     'weights',
     'exact',
     'transport',
+    ...weightCacheSettingNames,
     'maxSeqLen',
     'json',
   ]);
@@ -46,7 +48,7 @@ export function register(program: Command): void {
     const positions = parsePositions(own.logits, tokens.length);
     const chunkTokens = own.chunk ?? Math.min(tokens.length, WHOLE_PASS_ROWS);
     const evaluation = await withLocalGroup(
-      { ...s, maxBatchSize: 1, maxStepRows: chunkTokens },
+      { ...s, keptWeights: weightCacheTerms(s), maxBatchSize: 1, maxStepRows: chunkTokens },
       ({ ranks, spec }) => evaluate(ranks, tokens, chunkTokens, positions, spec.maxSeqLen),
     );
     process.stdout.write(json ? `${JSON.stringify(toJson(evaluation))}\n` : toText(evaluation));

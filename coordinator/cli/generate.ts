@@ -3,7 +3,7 @@ import { randomInt } from 'node:crypto';
 import type { Command } from 'commander';
 import { CaravanError } from '../../proto/errors.js';
 import { RankEngine } from '../engine.js';
-import { DEFAULT_MAX_STEP_ROWS } from '../group-spec.js';
+import { DEFAULT_MAX_STEP_ROWS, weightCacheSettingNames, weightCacheTerms } from '../group-spec.js';
 import { withLocalGroup } from '../local-group.js';
 import { openModelChat } from '../model-tokenizer.js';
 import { promptOf } from '../prompt.js';
@@ -35,6 +35,7 @@ export function register(program: Command): void {
       'weights',
       'exact',
       'transport',
+      ...weightCacheSettingNames,
       'maxSeqLen',
       'prompt',
       'chat',
@@ -60,7 +61,12 @@ export function register(program: Command): void {
     process.once('SIGINT', interrupt);
     process.once('SIGTERM', interrupt);
     const generation = await withLocalGroup(
-      { ...s, maxBatchSize: 1, maxStepRows: DEFAULT_MAX_STEP_ROWS },
+      {
+        ...s,
+        keptWeights: weightCacheTerms(s),
+        maxBatchSize: 1,
+        maxStepRows: DEFAULT_MAX_STEP_ROWS,
+      },
       async ({ ranks, spec }) => {
         const request: Request = {
           version: 1,

@@ -3,6 +3,7 @@ import { Command } from 'commander';
 import { packageVersion } from '../package-root.js';
 import { register as registerBatch } from './batch.js';
 import { register as registerBench } from './bench.js';
+import { register as registerCache } from './cache.js';
 import { register as registerCancel } from './cancel.js';
 import { register as registerCoordinator } from './coordinator.js';
 import { register as registerDoctor } from './doctor.js';
@@ -33,6 +34,7 @@ const commands = [
   registerCoordinator,
   registerGateway,
   registerPull,
+  registerCache,
   registerDoctor,
 ];
 

@@ -5,7 +5,9 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Command } from 'commander';
 import type { Logger } from 'pino';
 import { CaravanError } from '../../proto/errors.js';
-import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
+import type { LoadProgress } from '../../proto/gen/cluster.js';
+import { DEFAULT_MAX_STEP_ROWS, planGroup, weightCacheSettingNames } from '../group-spec.js';
+import { LoadBars } from '../load-bars.js';
 import { openChecked } from '../local-group.js';
 import { threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
@@ -26,6 +28,7 @@ const settingNames = [
   'weights',
   'exact',
   'transport',
+  ...weightCacheSettingNames,
   'maxSeqLen',
   'maxBatchSize',
   'host',
@@ -121,17 +124,25 @@ class Caravan {
     const redisUrl = s.redis ?? (await this.#startRedis());
     const addresses = await Promise.all(Array.from({ length: tp }, () => this.#startRank(tp)));
     const shared = ['--redis', redisUrl, '--log-level', s.logLevel];
+    const coordinatorArgs = [
+      'coordinator',
+      ...shared,
+      ...['--ranks', addresses.join(',')],
+      ...['--model', s.model, '--max-batch-size', String(s.maxBatchSize)],
+      ...['--transport', s.transport, '--weights', s.weights],
+      ...['--weight-cache-max', String(s.weightCacheMax)],
+      ...(s.exact ? ['--exact'] : []),
+      ...optional('maxSeqLen', s.maxSeqLen),
+      ...optional('servedModelName', s.servedModelName),
+      ...optional('weightCache', s.weightCache),
+    ];
+    const bars = new LoadBars(tp, process.stderr);
+    const onMessage = (message: Readonly<Record<string, unknown>>): void => {
+      if (message['type'] !== 'loading') return;
+      bars.progress(message['rank'] as number, message['progress'] as LoadProgress);
+    };
     this.#coordinator = this.#supervise(
-      nodeChild('coordinator', cliEntry, [
-        'coordinator',
-        ...shared,
-        ...['--ranks', addresses.join(',')],
-        ...['--model', s.model, '--max-batch-size', String(s.maxBatchSize)],
-        ...['--transport', s.transport, '--weights', s.weights],
-        ...(s.exact ? ['--exact'] : []),
-        ...optional('maxSeqLen', s.maxSeqLen),
-        ...optional('servedModelName', s.servedModelName),
-      ]),
+      nodeChild('coordinator', cliEntry, coordinatorArgs, onMessage),
     );
     const gatewayArgs = ['gateway', ...shared, '--host', s.host, '--port', String(s.port)];
     const folder = path.join(s.stateDir ?? defaultStateFolder(process.env), 'files');
@@ -139,7 +150,10 @@ class Caravan {
       gatewayArgs.push(flagOf(name), String(name === 'files' ? (s.files ?? folder) : s[name]));
     }
     this.#gateway = this.#supervise(nodeChild('gateway', cliEntry, gatewayArgs));
-    const [, gateway] = await Promise.all([this.#coordinator.start(), this.#gateway.start()]);
+    const serving = this.#coordinator.start().finally(() => {
+      bars.end();
+    });
+    const [, gateway] = await Promise.all([serving, this.#gateway.start()]);
     return String(gateway['url']);
   }
 
@@ -198,6 +212,6 @@ class Caravan {
 }
 
 const optional = (
-  name: 'maxSeqLen' | 'servedModelName',
+  name: 'maxSeqLen' | 'servedModelName' | 'weightCache',
   value: string | number | undefined,
 ): string[] => (value === undefined ? [] : [flagOf(name), String(value)]);

@@ -142,11 +142,22 @@ export interface Load {
   transport: Transport;
   /** A row's result may not depend on the rows beside it: int4 takes blocks of 32 then. */
   isExact: boolean;
+  /** Where weights are kept for the next start; left out where they are not. */
+  weightCache?: WeightCache | undefined;
 }
 
+export interface WeightCache {
+  /** Folder as the rank sees it; empty: `weights` in the rank's CARAVAN_HOME, else in its user's cache folder. */
+  folder: string;
+  /** Most bytes of all files in it. */
+  maxBytes: number;
+}
+
+/** Of the checkpoint, or of the weight cache. */
 export interface LoadProgress {
   bytesRead: number;
   bytesTotal: number;
+  isCached: boolean;
 }
 
 export interface Loaded {
@@ -159,6 +170,10 @@ export interface Loaded {
   /** First id of this rank's slice of the vocabulary, and its size. */
   vocabStart: number;
   vocabCount: number;
+  /** Bytes of the weight cache that are mapped: 0 when the weights came from the checkpoint. */
+  cachedBytes: number;
+  /** Why these weights were not kept for the next start, in a line; empty where they were, or need not be. */
+  cacheFault: string;
 }
 
 /**
@@ -634,6 +649,7 @@ function createBaseLoad(): Load {
     stepTimeoutMs: 0,
     transport: 0,
     isExact: false,
+    weightCache: undefined,
   };
 }
 
@@ -677,6 +693,9 @@ export const Load: MessageFns<Load> = {
     }
     if (message.isExact !== false) {
       writer.uint32(104).bool(message.isExact);
+    }
+    if (message.weightCache !== undefined) {
+      WeightCache.encode(message.weightCache, writer.uint32(114).fork()).join();
     }
     return writer;
   },
@@ -798,6 +817,71 @@ export const Load: MessageFns<Load> = {
             message.isExact = reader.bool();
             continue;
           }
+          case 14: {
+            if (tag !== 114) {
+              break;
+            }
+
+            message.weightCache = WeightCache.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseWeightCache(): WeightCache {
+  return { folder: "", maxBytes: 0 };
+}
+
+export const WeightCache: MessageFns<WeightCache> = {
+  encode(message: WeightCache, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.folder !== "") {
+      writer.uint32(10).string(message.folder);
+    }
+    if (message.maxBytes !== 0) {
+      writer.uint32(16).uint64(message.maxBytes);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WeightCache {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWeightCache();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.folder = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.maxBytes = longToNumber(reader.uint64());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -812,7 +896,7 @@ export const Load: MessageFns<Load> = {
 };
 
 function createBaseLoadProgress(): LoadProgress {
-  return { bytesRead: 0, bytesTotal: 0 };
+  return { bytesRead: 0, bytesTotal: 0, isCached: false };
 }
 
 export const LoadProgress: MessageFns<LoadProgress> = {
@@ -822,6 +906,9 @@ export const LoadProgress: MessageFns<LoadProgress> = {
     }
     if (message.bytesTotal !== 0) {
       writer.uint32(16).uint64(message.bytesTotal);
+    }
+    if (message.isCached !== false) {
+      writer.uint32(24).bool(message.isCached);
     }
     return writer;
   },
@@ -855,6 +942,14 @@ export const LoadProgress: MessageFns<LoadProgress> = {
             message.bytesTotal = longToNumber(reader.uint64());
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.isCached = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -869,7 +964,7 @@ export const LoadProgress: MessageFns<LoadProgress> = {
 };
 
 function createBaseLoaded(): Loaded {
-  return { weightBytes: 0, kvBytes: 0, bytesRead: 0, vocabStart: 0, vocabCount: 0 };
+  return { weightBytes: 0, kvBytes: 0, bytesRead: 0, vocabStart: 0, vocabCount: 0, cachedBytes: 0, cacheFault: "" };
 }
 
 export const Loaded: MessageFns<Loaded> = {
@@ -888,6 +983,12 @@ export const Loaded: MessageFns<Loaded> = {
     }
     if (message.vocabCount !== 0) {
       writer.uint32(40).uint32(message.vocabCount);
+    }
+    if (message.cachedBytes !== 0) {
+      writer.uint32(48).uint64(message.cachedBytes);
+    }
+    if (message.cacheFault !== "") {
+      writer.uint32(58).string(message.cacheFault);
     }
     return writer;
   },
@@ -943,6 +1044,22 @@ export const Loaded: MessageFns<Loaded> = {
             }
 
             message.vocabCount = reader.uint32();
+            continue;
+          }
+          case 6: {
+            if (tag !== 48) {
+              break;
+            }
+
+            message.cachedBytes = longToNumber(reader.uint64());
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.cacheFault = reader.string();
             continue;
           }
         }
