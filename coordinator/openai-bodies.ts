@@ -301,7 +301,7 @@ export const batchList = listOf(batchObject);
 export const jobObject = z.object({
   id: z.string(),
   object: z.literal('job'),
-  status: z.enum(['waiting', 'running', 'completed', 'failed', 'cancelled', 'expired']),
+  status: z.enum(['waiting', 'active', 'completed', 'failed', 'cancelled', 'expired']),
   model: z.string(),
   created_at: seconds,
   priority: z.number().int(),

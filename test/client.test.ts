@@ -312,6 +312,16 @@ void test('a stream of a job begins where an earlier one ended, with its Last-Ev
   assert.ok(rest !== '' && before !== '');
 });
 
+void test('a job says where it stands, and is cancelled', async () => {
+  const stream = client.streamComplete({ prompt: 'A fox', max_tokens: 4, temperature: 0 });
+  for await (const chunk of stream) assert.ok(chunk.id);
+  const ended = await client.job(stream.jobId!);
+  assert.equal(ended.status, 'completed');
+  assert.equal(ended.usage!.completion_tokens, 4);
+  assert.deepEqual(await client.cancelJob(ended.id), ended);
+  await assert.rejects(client.job('job_nobody'), isCode('not_found'));
+});
+
 void test('every route of the API was called, and held to the description', () => {
   const all = Object.entries(api.document.paths).flatMap(([route, methods]) =>
     Object.keys(methods).map((method) => `${method} ${route}`),
