@@ -63,7 +63,7 @@ export class Answers {
    * @returns its id.
    * @throws CaravanError `redis_unavailable`.
    */
-  async submit({ request, terms }: Asked, id = newJobId()): Promise<string> {
+  async submit({ request, terms }: KnownJob, id = newJobId()): Promise<string> {
     const isNew = await this.#journal.create(id, request, terms);
     try {
       await this.queueOf(request.model).submit(id, terms, jobSizeOf(request));

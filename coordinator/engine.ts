@@ -20,6 +20,7 @@ import type { FinishReason, Request, TokenLogprobs } from './request.js';
 import { pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
 import { SampledRowReader, type SampledRow } from './sampled-row.js';
 import { adaptBudget, planStep, type StepPlan } from './scheduler.js';
+import { announceStep } from './step-announcement.js';
 import { Sequence } from './sequence.js';
 import { Slots } from './slots.js';
 import { TextStream } from './text-stream.js';
@@ -45,6 +46,8 @@ export interface SequenceSink {
   token(tokenId: number, text: string, logprobs?: TokenLogprobs): void;
   /** Logprobs of prompt tokens, from the second one on, in order, before the first token. Only where asked for. */
   prompt?(logprobs: readonly TokenLogprobs[]): void;
+  /** A step with some of it is about to begin: said in words, for whoever wants to know of what an engine died. */
+  step?(what: string): void;
   /** The sequence ended by itself; `text` was held back until now. The last call. */
   end(finishReason: FinishReason, text: string): void;
   /** The engine could not go on with it. The last call. */
@@ -227,6 +230,7 @@ export class RankEngine implements Engine {
       tokenBudget: this.#tokenBudget,
       maxChunkTokens: maxChunkTokens ?? maxStepRows,
     });
+    announceStep(plan);
     const step = this.#toStep(plan);
     const sentMs = performance.now();
     const results = await this.#ranks.forward(step);

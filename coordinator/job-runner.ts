@@ -39,6 +39,8 @@ export class JobRunner {
   #isReadingFlags = false;
   /** The last job that makes room, until it has left. */
   #leaving: RunningJob | null = null;
+  /** A job that other engines died of: it waits until the others have left, and nothing is taken beside it. */
+  #alone: RunningJob | null = null;
 
   constructor(
     engine: Engine,
@@ -83,6 +85,10 @@ export class JobRunner {
     try {
       while (!isOver()) {
         this.#startMore();
+        if (this.#alone !== null) {
+          await this.#changed.wait();
+          continue;
+        }
         if (this.#engine.freeSlotCount === 0) {
           await this.#makeRoom();
           await this.#changed.wait(PREEMPT_EVERY_MS);
@@ -121,7 +127,7 @@ export class JobRunner {
         this.#leaving = null;
         this.#changed.ring();
       });
-      leaving.giveBack(true);
+      leaving.giveBack('room');
     } catch (error) {
       this.#log.warn({}, `the queue was refused: ${String(error)}`);
     }
@@ -130,6 +136,7 @@ export class JobRunner {
   /** Sequences that wait for a slot come before other jobs. */
   #startMore(): void {
     for (const job of this.#running.values()) job.startMore();
+    if (this.#running.size === 1) this.#alone?.runAlone();
   }
 
   async #start(taken: TakenJob): Promise<void> {
@@ -146,12 +153,14 @@ export class JobRunner {
       this.#changed.ring();
     });
     this.#running.set(taken.id, job);
+    if (job.isAlone) this.#alone = job;
     this.#log.info(
       { job: taken.id, fence: take.fence, resumed: resumedTokenCount(take) },
       'job taken',
     );
     void job.done.then((outcome) => {
       if (this.#running.get(taken.id) === job) this.#running.delete(taken.id);
+      if (this.#alone === job) this.#alone = null;
       this.#log.info({ job: taken.id, outcome }, 'job left');
       this.#onJobLeft(outcome);
       this.#changed.ring();

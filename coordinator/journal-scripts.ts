@@ -1,7 +1,7 @@
 /**
  * The scripts of the journal. Each is atomic, and all keys of a job share the hash tag {job id}.
  *
- *   caravan:{ID}:job        hash: status, model, request, terms, createdMs, fence, cancel, ending
+ *   caravan:{ID}:job        hash: status, model, request, terms, createdMs, fence, cancel, ending, and of deaths: see below
  *   caravan:{ID}:journal:I  stream of sequence I. An entry's id is <tokens so far>-0, so that Redis
  *                           itself refuses a token twice. The last one, <tokens>-1, says how the sequence
  *                           finished, or how the job ended. The ending of a job of several sequences stands
@@ -13,7 +13,34 @@
  * stored one is `stale` and changes nothing; a higher one is stored, should Redis have lost the take.
  * Redis may even have lost the job, if it was killed in the job's first second: the engine that runs it is
  * told that it is `missing`, and writes it down anew.
+ *
+ * A job may be what its engines die of. It is suspected of a death when its engine was gone, Redis was not, and nothing
+ * had been written since the take:
+ *
+ *   progressed   fence of the last take that wrote something; the first write clears suspicion, alone and step
+ *   run          the run of Redis at the last take
+ *   suspicion    deaths, up to 2; a job that has 2 runs alone, and only a death then makes it 3: the end
+ *   alone, step  fence of the take that began to run alone, and the last step that it began
  */
+
+/** Deaths after which a job runs alone. */
+export const ALONE_FROM = 2;
+
+/** Locals stored, died: counts a death that the job is suspected of. @returns the suspicion. */
+const suspect = `
+local suspicion = tonumber(redis.call('HGET', KEYS[1], 'suspicion') or '0')
+if died and redis.call('HGET', KEYS[1], 'progressed') ~= stored
+  and (suspicion < ${ALONE_FROM} or redis.call('HGET', KEYS[1], 'alone') == stored) then
+  suspicion = suspicion + 1
+  redis.call('HSET', KEYS[1], 'suspicion', suspicion)
+end`;
+
+/** Something was written: the take has come further. */
+const progress = `
+if redis.call('HGET', KEYS[1], 'progressed') ~= ARGV[1] then
+  redis.call('HSET', KEYS[1], 'progressed', ARGV[1])
+  redis.call('HDEL', KEYS[1], 'suspicion', 'alone', 'step')
+end`;
 
 /** KEYS job; ARGV model, request, terms, createdMs. @returns 1, or 0 when the job exists. */
 export const createScript = `
@@ -22,24 +49,35 @@ redis.call('HSET', KEYS[1], 'version', '1', 'status', 'waiting', 'model', ARGV[1
   'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', '0')
 return 1`;
 
-/** KEYS job; ARGV engine id. @returns {missing} or {ended} or {taken, fence, cancel, request, terms}. */
+/**
+ * KEYS job; ARGV engine id, run of Redis.
+ * @returns {missing} or {ended} or {taken, fence, cancel, request, terms, suspicion, step}.
+ */
 export const takeScript = `
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return {'missing'} end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'ended'} end
+local stored = redis.call('HGET', KEYS[1], 'fence')
+local died = status == 'active' and redis.call('HGET', KEYS[1], 'run') == ARGV[2]
+${suspect}
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
-local fence = math.max(tonumber(redis.call('HGET', KEYS[1], 'fence')) + 1, now)
+local fence = math.max(tonumber(stored) + 1, now)
 fence = string.format('%.0f', fence)
-redis.call('HSET', KEYS[1], 'fence', fence, 'status', 'active', 'engine', ARGV[1])
-return {'taken', fence, redis.call('HGET', KEYS[1], 'cancel') or '0',
-  redis.call('HGET', KEYS[1], 'request'), redis.call('HGET', KEYS[1], 'terms')}`;
+redis.call('HSET', KEYS[1], 'fence', fence, 'status', 'active', 'engine', ARGV[1], 'run', ARGV[2])
+return {'taken', fence, redis.call('HGET', KEYS[1], 'cancel') or '0', redis.call('HGET', KEYS[1], 'request'),
+  redis.call('HGET', KEYS[1], 'terms'), suspicion, redis.call('HGET', KEYS[1], 'step') or ''}`;
 
 const fenced = `
 if redis.call('HEXISTS', KEYS[1], 'status') == 0 then return {'missing'} end
 local stored = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
 if tonumber(ARGV[1]) < stored then return {'stale'} end
 if tonumber(ARGV[1]) > stored then redis.call('HSET', KEYS[1], 'fence', ARGV[1]) end`;
+
+/** KEYS job; ARGV fence, step. A suspected job begins a step, alone. @returns {stale}, {missing} or {written}. */
+export const stepScript = `${fenced}
+redis.call('HSET', KEYS[1], 'alone', ARGV[1], 'step', ARGV[2])
+return {'written'}`;
 
 /** Where a stream stands: its tokens, and whether its last entry says that it is over. */
 const streams = `
@@ -65,7 +103,7 @@ end`;
 
 /**
  * KEYS job, stream; ARGV fence, start, count, tokens, texts, channel, logprobs or empty.
- * @returns {stale}, {missing}, or {offset, where the stream ends} when that is not start, or {appended}.
+ * @returns {stale}, {missing}, or {offset, where the stream ends} when that is not start, or {appended, cancel}.
  * A take that Redis lost (the stored fence is lower) is stale too when another engine has written since.
  */
 export const appendScript = `${fenced}
@@ -77,8 +115,9 @@ if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
 local fields = {'tokens', ARGV[4], 'texts', ARGV[5]}
 if ARGV[7] ~= '' then fields[5] = 'logprobs'; fields[6] = ARGV[7] end
 redis.call('XADD', KEYS[2], (offset + tonumber(ARGV[3])) .. '-0', unpack(fields))
+${progress}
 redis.call('PUBLISH', ARGV[6], '')
-return {'appended'}`;
+return {'appended', redis.call('HGET', KEYS[1], 'cancel') or '0'}`;
 
 /**
  * KEYS job, list; ARGV fence, start, channel, then logprobs, one a token of the prompt.
@@ -89,6 +128,7 @@ if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
 local length = redis.call('LLEN', KEYS[2])
 if length ~= tonumber(ARGV[2]) then return {'offset', length} end
 redis.call('RPUSH', KEYS[2], unpack(ARGV, 4))
+${progress}
 redis.call('PUBLISH', ARGV[3], '')
 return {'appended'}`;
 
@@ -104,6 +144,7 @@ if stored < tonumber(ARGV[1]) and offset > tonumber(ARGV[2]) then return {'stale
 if offset ~= tonumber(ARGV[2]) then return {'offset', offset} end
 if isOver then return {'already'} end
 redis.call('XADD', KEYS[2], offset .. '-1', 'finish', ARGV[3], 'text', ARGV[4])
+${progress}
 redis.call('PUBLISH', ARGV[5], '')
 return {'finished'}`;
 
@@ -138,10 +179,16 @@ redis.call('HSET', KEYS[1], 'version', '1', 'status', 'active', 'model', ARGV[1]
   'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', ARGV[5])
 return 1`;
 
-/** KEYS job; ARGV fence. Gives the job back: nobody holds it. @returns {stale}, {missing} or {released}. */
+/**
+ * KEYS job; ARGV fence, 1 when the engine is dead. Gives the job back: nobody holds it.
+ * @returns {stale}, {missing} or {released, suspicion}.
+ */
 export const releaseScript = `${fenced}
+stored = ARGV[1]
+local died = ARGV[2] == '1'
+${suspect}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 0 then redis.call('HSET', KEYS[1], 'status', 'waiting') end
-return {'released'}`;
+return {'released', suspicion}`;
 
 /**
  * KEYS job, streams, lists; ARGV ending, retention in seconds, channel, number of streams. A waiting job ends at once;

@@ -18,21 +18,25 @@ export class JournalWriter {
   #isStale = false;
   #isStopped = false;
   readonly #onStale: () => void;
+  readonly #onCancel: () => void;
   readonly #onRefusal: (error: unknown) => void;
 
   /**
    * @param onStale another engine has taken the job: nothing of ours is written any more.
    * @param onRefusal hears of every refusal of Redis; the write is tried again.
+   * @param onCancel somebody wants the job gone; may be called again.
    */
   constructor(
     journal: Journal,
     take: Take,
     onStale: () => void,
     onRefusal: (error: unknown) => void,
+    onCancel: () => void = () => undefined,
   ) {
     this.#journal = journal;
     this.#take = take;
     this.#onStale = onStale;
+    this.#onCancel = onCancel;
     this.#onRefusal = onRefusal;
     this.sequences = take.sequences.map(
       (progress, index) =>
@@ -87,10 +91,20 @@ export class JournalWriter {
     }
   }
 
-  /** Writes what is left and gives the job back for another take. */
-  async release(): Promise<void> {
+  /**
+   * Writes what is left and gives the job back for another take.
+   *
+   * @returns deaths of engines that the job is suspected of, should this be one.
+   */
+  async release(isEngineDead = false): Promise<number> {
     await this.#flushAll();
-    if (!this.#isStale) await this.#attempt(() => this.#journal.release(this.#take));
+    if (this.#isStale) return 0;
+    return (await this.#attempt(() => this.#journal.release(this.#take, isEngineDead))) ?? 0;
+  }
+
+  /** Does something else until Redis takes it. */
+  async insist(write: () => Promise<void>): Promise<void> {
+    await this.#attempt(write);
   }
 
   /** Stops trying. */
@@ -102,6 +116,7 @@ export class JournalWriter {
   async attempt(write: () => Promise<Written>): Promise<Written | null> {
     const outcome = await this.#attempt(write);
     if (outcome?.kind === 'missing') await this.#restore();
+    if (outcome?.kind === 'written' && outcome.isCancelRequested) this.#onCancel();
     if (outcome?.kind !== 'stale') return outcome;
     if (!this.#isStale) {
       this.#isStale = true;

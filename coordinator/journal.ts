@@ -16,6 +16,7 @@ import {
   finishScript,
   releaseScript,
   restoreScript,
+  stepScript,
   takeScript,
 } from './journal-scripts.js';
 import { sequenceCount } from './job-sequences.js';
@@ -31,6 +32,10 @@ export interface Take {
   readonly id: string;
   readonly fence: number;
   readonly isCancelled: boolean;
+  /** Deaths of engines that the job is suspected of; see journal-scripts. */
+  readonly suspicion: number;
+  /** The step that the last engine began with it, running it alone; empty for none. */
+  readonly lastStep: string;
   readonly request: Request;
   readonly terms: JobTerms;
   /** What earlier takes generated, sequence by sequence. */
@@ -39,18 +44,28 @@ export interface Take {
 
 /** What an append or an end came to. */
 export type Written =
-  | { readonly kind: 'written' | 'already' | 'stale' | 'missing' }
+  | { readonly kind: 'already' | 'stale' | 'missing' }
+  | {
+      readonly kind: 'written';
+      /** Whether somebody wants the job gone. */
+      readonly isCancelRequested: boolean;
+    }
   /** Where the stream of a sequence really ends. */
   | { readonly kind: 'offset'; readonly offset: number; readonly index: number };
 
 /** How long a job that has ended is kept. */
 const RETENTION_S = 24 * 3600;
 const CANCEL_CHANNEL = 'caravan:cancel';
+/** Sorted set: jobs that ended every engine that ran them, by when that was known, in milliseconds. */
+const DEAD = 'caravan:dead';
 
 /** A new name for a job: 128 random bits. */
 export const newJobId = (): string => `job_${randomBytes(16).toString('base64url')}`;
 
 export class Journal extends JournalReader {
+  /** Which run of Redis this is; null when it may be another by now. */
+  #run: string | null = null;
+
   /** @throws CaravanError `redis_unavailable` within 3 seconds. */
   static async open(
     url: string,
@@ -79,17 +94,20 @@ export class Journal extends JournalReader {
 
   /** Takes a job for an engine: from now on, whoever held it before can write nothing. */
   async take(id: string, engineId: string): Promise<Take | { readonly kind: 'missing' | 'ended' }> {
+    const run = await this.call(() => this.#redisRun());
     const [kind, ...rest] = (await this.call(() =>
-      this.redis.eval(takeScript, 1, jobKey(id), engineId),
+      this.redis.eval(takeScript, 1, jobKey(id), engineId, run),
     )) as ['taken' | 'missing' | 'ended', ...string[]];
     if (kind !== 'taken') return { kind };
-    const [fence, cancel, request, terms] = rest;
+    const [fence, cancel, request, terms, suspicion, lastStep] = rest;
     const asked = JSON.parse(request!) as Request;
     return {
       kind,
       id,
       fence: Number(fence),
       isCancelled: cancel === '1',
+      suspicion: Number(suspicion),
+      lastStep: lastStep!,
       request: asked,
       terms: JSON.parse(terms!) as JobTerms,
       sequences: await Promise.all(
@@ -176,9 +194,42 @@ export class Journal extends JournalReader {
     await this.redis.eval(restoreScript, 1, jobKey(id), ...args);
   }
 
-  /** Gives a job back, unended, for the next take. */
-  async release({ id, fence }: Pick<Take, 'id' | 'fence'>): Promise<void> {
-    await this.redis.eval(releaseScript, 1, jobKey(id), fence);
+  /**
+   * Gives a job back, unended, for the next take.
+   *
+   * @param isEngineDead whether the engine died of something, of this job perhaps.
+   * @returns deaths that the job is suspected of.
+   */
+  async release({ id, fence }: Pick<Take, 'id' | 'fence'>, isEngineDead = false): Promise<number> {
+    const [, suspicion] = (await this.redis.eval(
+      releaseScript,
+      1,
+      jobKey(id),
+      fence,
+      isEngineDead ? 1 : 0,
+    )) as [string, number | undefined];
+    return suspicion ?? 0;
+  }
+
+  /** A suspected job begins a step, alone: should it be the last, this tells which it was. */
+  async beginStep({ id, fence }: Pick<Take, 'id' | 'fence'>, step: string): Promise<void> {
+    await this.redis.eval(stepScript, 1, jobKey(id), fence, step);
+  }
+
+  /** Puts a job on the list of those that end their engines; can be repeated. */
+  async markDead(id: string): Promise<void> {
+    await this.redis.zremrangebyscore(DEAD, 0, Date.now() - 1000 * RETENTION_S);
+    await this.redis.zadd(DEAD, Date.now(), id);
+  }
+
+  /** It is tried again: the list has no more of it. */
+  async unmarkDead(id: string): Promise<void> {
+    await this.call(() => this.redis.zrem(DEAD, id));
+  }
+
+  /** Jobs that ended their engines, the latest first. */
+  async dead(limit: number): Promise<string[]> {
+    return this.call(() => this.redis.zrevrange(DEAD, 0, limit - 1));
   }
 
   /**
@@ -216,6 +267,17 @@ export class Journal extends JournalReader {
     this.channels.close();
   }
 
+  /** The name of this run of Redis: another one may lack the last second of this one. */
+  async #redisRun(): Promise<string> {
+    if (this.#run === null) {
+      this.redis.once('close', () => {
+        this.#run = null;
+      });
+      this.#run = /run_id:(\w+)/.exec(await this.redis.info('server'))?.[1] ?? '';
+    }
+    return this.#run;
+  }
+
   #promptCount(id: string, index: number): Promise<number> {
     return this.call(() => this.redis.llen(promptKey(id, index)));
   }
@@ -227,14 +289,13 @@ export class Journal extends JournalReader {
     keys: readonly string[],
     args: readonly (string | number)[],
   ): Promise<Written> {
-    const [kind, offset, at] = (await this.redis.eval(script, keys.length, ...keys, ...args)) as [
+    const [kind, second, at] = (await this.redis.eval(script, keys.length, ...keys, ...args)) as [
       'stale' | 'missing' | 'already' | 'offset' | 'appended' | 'finished' | 'ended',
-      number,
+      number | string | undefined,
       number | undefined,
     ];
-    if (kind === 'offset') return { kind, offset, index: at ?? index };
-    return {
-      kind: kind === 'stale' || kind === 'missing' || kind === 'already' ? kind : 'written',
-    };
+    if (kind === 'offset') return { kind, offset: Number(second), index: at ?? index };
+    if (kind === 'stale' || kind === 'missing' || kind === 'already') return { kind };
+    return { kind: 'written', isCancelRequested: second === '1' };
   }
 }

@@ -152,6 +152,8 @@ export interface TakenJob {
   finish(isFailed: boolean, unusedTokens?: number): Promise<void>;
   /** Back to the queue, for any engine. @param left what it still needs; as much as before if left out. */
   giveBack(left?: JobSize, isPreempted?: boolean): Promise<void>;
+  /** Back to the queue, not to be taken before so many milliseconds have passed. */
+  giveBackLater(delayMs: number): Promise<void>;
   /** Another engine has it, or soon will: its lock is not renewed any more. */
   drop(): void;
 }
@@ -348,6 +350,12 @@ export class JobTaker {
         letGo(
           () => job.moveToWait(token),
           () => this.#order.putBack(id, left ?? null, isPreempted),
+        ),
+      // The order takes it in again when it is due.
+      giveBackLater: (delayMs) =>
+        letGo(
+          () => job.moveToDelayed(Date.now() + delayMs, token),
+          () => Promise.resolve(),
         ),
       drop,
     };

@@ -13,6 +13,7 @@ import {
   sequencesPerPrompt,
 } from './job-sequences.js';
 import type { Journal, Take } from './journal.js';
+import { ALONE_FROM } from './journal-scripts.js';
 import { JournalWriter } from './journal-writer.js';
 import type { TakenJob } from './queue.js';
 import type { JobSize } from './queue-order.js';
@@ -32,11 +33,14 @@ export const resumedTokenCount = ({ sequences }: Take): number =>
 
 /** A job that lacks no more than this is let end. */
 const NEARLY_DONE_TOKENS = 8;
+/** Before a job is tried again that its engine may have died of, doubled for every death but the first. */
+const RETRY_MS = 500;
 /** The longest delay that a timer takes. */
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
 export class RunningJob {
   readonly #engine: Engine;
+  readonly #journal: Journal;
   readonly #taken: TakenJob;
   readonly #take: Take;
   readonly #writer: JournalWriter;
@@ -51,6 +55,8 @@ export class RunningJob {
   readonly #reasons: (FinishReason | null)[];
   #deadline: NodeJS.Timeout | undefined;
   #isDecided = false;
+  /** Whether it waits until the engine has no other job. */
+  #isHeldBack: boolean;
   #resolve: (outcome: string) => void = () => undefined;
   /** Resolves, with how it left, when nothing is left to write. */
   readonly done: Promise<string>;
@@ -72,6 +78,7 @@ export class RunningJob {
     this.#take = take;
     this.#log = log;
     this.#resumedTokens = resumedTokenCount(take);
+    this.#isHeldBack = this.isAlone;
     this.done = new Promise((resolve) => (this.#resolve = resolve));
     this.#writer = new JournalWriter(
       journal,
@@ -82,7 +89,16 @@ export class RunningJob {
       (error) => {
         this.#log.warn({ job: take.id }, `the journal was refused: ${String(error)}`);
       },
+      () => {
+        this.cancel();
+      },
     );
+    this.#journal = journal;
+  }
+
+  /** Whether engines died with it so often that it must not take others with it. */
+  get isAlone(): boolean {
+    return this.#take.suspicion >= ALONE_FROM;
   }
 
   get held(): TakenJob['held'] {
@@ -91,13 +107,18 @@ export class RunningJob {
 
   /** Whether it is worth its slot to somebody else: not when it is as good as done. */
   get mayLeave(): boolean {
-    return !this.#isDecided && this.#left.outputTokens > NEARLY_DONE_TOKENS;
+    if (this.#isDecided || this.isAlone) return false;
+    return this.#left.outputTokens > NEARLY_DONE_TOKENS;
   }
 
   start(): void {
-    const { terms, isCancelled } = this.#take;
+    const { terms, isCancelled, suspicion } = this.#take;
     if (isCancelled) {
       this.cancel();
+      return;
+    }
+    if (suspicion > ALONE_FROM) {
+      this.#endAsPoison();
       return;
     }
     if (terms.deadlineMs !== null) {
@@ -117,8 +138,17 @@ export class RunningJob {
     else this.startMore();
   }
 
+  /** The engine has no other job: one that runs alone may begin. */
+  runAlone(): void {
+    if (!this.#isHeldBack || this.#isDecided) return;
+    this.#isHeldBack = false;
+    this.#beginStep('start');
+    this.startMore();
+  }
+
   /** Starts as many of the sequences that wait as there are slots. */
   startMore(): void {
+    if (this.#isHeldBack) return;
     while (!this.#isDecided && this.#waiting.length > 0 && this.#engine.freeSlotCount > 0) {
       this.#startSequence(this.#waiting.shift()!);
     }
@@ -150,6 +180,13 @@ export class RunningJob {
           fail: (error) => {
             this.#fail(error);
           },
+          ...(this.isAlone
+            ? {
+                step: (what) => {
+                  this.#beginStep(what);
+                },
+              }
+            : {}),
         },
       );
       this.#handles.push(handle);
@@ -174,13 +211,19 @@ export class RunningJob {
     this.#decide({ status: 'cancelled' });
   }
 
-  /** Back to the queue, with what is in the journal. @param isPreempted to make room for another. */
-  giveBack(isPreempted = false): void {
+  /**
+   * Back to the queue, with what is in the journal.
+   *
+   * @param reason `room` is made for another, the engine stops, or the engine is dead, of this job perhaps.
+   */
+  giveBack(reason: 'room' | 'stop' | 'death' = 'stop'): void {
     if (!this.#isFirst()) return;
     const giveBack = async (): Promise<string> => {
-      await this.#writer.release();
-      await this.#taken.giveBack(this.#left, isPreempted);
-      return isPreempted ? 'made room' : 'given back';
+      const suspicion = await this.#writer.release(reason === 'death');
+      const delayMs = suspicion < ALONE_FROM ? 0 : RETRY_MS * 2 ** (suspicion - 1);
+      if (delayMs > 0) await this.#taken.giveBackLater(delayMs);
+      else await this.#taken.giveBack(this.#left, reason === 'room');
+      return reason === 'room' ? 'made room' : 'given back';
     };
     const late = delay(GIVE_BACK_TIMEOUT_MS, 'left to its lock', { ref: false });
     void Promise.race([giveBack(), late]).then((outcome) => {
@@ -220,13 +263,35 @@ export class RunningJob {
 
   #fail(error: CaravanError): void {
     // An engine that was stopped has failed nobody.
-    if (error.code === 'cancelled' || errorTable[error.code].isRetryable) this.giveBack();
+    if (error.code === 'cancelled') this.giveBack();
+    else if (errorTable[error.code].isRetryable) this.giveBack('death');
     else this.#decide({ status: 'failed', code: error.code, message: error.message });
   }
 
-  #decide(ending: Ending, heldText = ''): void {
+  /** It ended the engine that ran it alone. */
+  #endAsPoison(): void {
+    const { id, suspicion, lastStep, sequences } = this.#take;
+    const step = lastStep === '' ? 'before its first step' : `in the ${lastStep}`;
+    const message =
+      `${suspicion} engines died of it, the last one while it ran alone, ${step}, ` +
+      `after ${sequences.map(({ tokenIds }) => tokenIds.length).join(', ')} tokens`;
+    this.#log.warn({ job: id }, `the job is dead: ${message}`);
+    // On the list first: whoever finds it there finds its ending too, soon.
+    this.#decide({ status: 'failed', code: 'poisonous', message }, '', () =>
+      this.#journal.markDead(id),
+    );
+  }
+
+  #beginStep(what: string): void {
+    // Sent before the step is; should it be refused, less is known of a death.
+    this.#journal.beginStep(this.#take, what).catch(() => undefined);
+  }
+
+  /** @param before what is to be written before the ending. */
+  #decide(ending: Ending, heldText = '', before?: () => Promise<void>): void {
     if (!this.#isFirst()) return;
     void (async () => {
+      if (before !== undefined) await this.#writer.insist(before);
       const isOurs = await this.#writer.end(ending, heldText);
       if (isOurs) await this.#taken.finish(ending.status === 'failed', this.#unusedTokens);
       else this.#taken.drop();

@@ -76,6 +76,11 @@ export class Sequence implements Schedulable {
     return this.#tokens[this.#fed]!;
   }
 
+  /** Tokens that are in the KV cache. */
+  get fed(): number {
+    return this.#fed;
+  }
+
   /** The next `count` tokens to be fed. */
   nextTokens(count: number): number[] {
     return this.#tokens.slice(this.#fed, this.#fed + count);

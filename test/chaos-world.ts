@@ -10,7 +10,7 @@ import path from 'node:path';
 import readline from 'node:readline';
 import { setTimeout as delay } from 'node:timers/promises';
 import { cliEntry, workerEntry } from '../coordinator/package-root.js';
-import { freePort, startRedis, type RedisServer } from './redis-server.js';
+import { freePorts, startRedis, type RedisServer } from './redis-server.js';
 
 export const victimKinds = ['coordinator', 'gateway', 'rank', 'redis'] as const;
 export type VictimKind = (typeof victimKinds)[number];
@@ -20,6 +20,7 @@ const environment = Object.fromEntries(
   Object.entries(process.env).filter(([name]) => !name.startsWith('CARAVAN_')),
 );
 const RESTART_PAUSE_MS = 100;
+const START_TIMEOUT_MS = 120_000;
 
 /** A line of a coordinator's log. */
 export interface LogLine {
@@ -34,6 +35,8 @@ export class Member {
   readonly kind: VictimKind;
   /** What it said when it was ready; null while it is not. */
   ready: Readonly<Record<string, unknown>> | null = null;
+  /** Of its log. */
+  lastLine = '';
   readonly #entry: string;
   readonly #args: readonly string[];
   readonly #onLine: (line: string) => void;
@@ -73,7 +76,10 @@ export class Member {
       stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
     });
     this.#child = child;
-    readline.createInterface(child.stderr!).on('line', this.#onLine);
+    readline.createInterface(child.stderr!).on('line', (line) => {
+      this.lastLine = line;
+      this.#onLine(line);
+    });
     child.once('message', (message) => {
       this.ready = message as Readonly<Record<string, unknown>>;
     });
@@ -85,6 +91,13 @@ export class Member {
       });
     });
   }
+}
+
+export interface WorldSize {
+  readonly engines: number;
+  readonly gateways: number;
+  readonly tp: number;
+  readonly maxBatchSize: number;
 }
 
 export class ChaosWorld {
@@ -99,22 +112,23 @@ export class ChaosWorld {
   }
 
   /**
-   * Two coordinators with `tp` ranks each, and two gateways. Returns when all of them serve.
+   * Coordinators with `tp` ranks each, and gateways. Returns when all of them serve.
    *
    * @param onLine hears what coordinators log.
    */
   static async start(
-    { tp, maxBatchSize }: { readonly tp: number; readonly maxBatchSize: number },
+    { engines, gateways, tp, maxBatchSize }: WorldSize,
     onLine: (line: LogLine) => void,
   ): Promise<ChaosWorld> {
     const redis = await startRedis();
     const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-chaos-'));
     const silent = (): void => undefined;
     const members: Member[] = [];
-    for (let engine = 0; engine < 2; engine += 1) {
+    const ports = await freePorts(engines * tp);
+    for (let engine = 0; engine < engines; engine += 1) {
       const addresses: string[] = [];
       for (let rank = 0; rank < tp; rank += 1) {
-        const address = `127.0.0.1:${await freePort()}`;
+        const address = `127.0.0.1:${ports.pop()!}`;
         addresses.push(address);
         const args = ['--listen', address, '--threads', '1', '--log-level', 'error'];
         members.push(new Member('rank', workerEntry, args, silent));
@@ -126,6 +140,8 @@ export class ChaosWorld {
           if (line.startsWith('{')) onLine(JSON.parse(line) as LogLine);
         }),
       );
+    }
+    for (let gateway = 0; gateway < gateways; gateway += 1) {
       const files = ['--files', path.join(folder, 'files'), '--log-level', 'error'];
       members.push(
         new Member(
@@ -137,7 +153,18 @@ export class ChaosWorld {
       );
     }
     const world = new ChaosWorld(redis, members, folder);
-    await until(() => members.every(({ ready }) => ready !== null), 60_000, 'all serve');
+    try {
+      await until(
+        () => members.every(({ ready }) => ready !== null),
+        START_TIMEOUT_MS,
+        'all serve',
+      );
+    } catch (error) {
+      const absent = members.filter(({ ready }) => ready === null);
+      const why = absent.map(({ kind, lastLine }) => `${kind}: ${lastLine}`).join('; ');
+      await world.stop();
+      throw new Error(why, { cause: error });
+    }
     return world;
   }
 
