@@ -24,9 +24,7 @@ export const freePort = async (): Promise<number> => (await freePorts(1))[0]!;
 export async function freePorts(count: number): Promise<number[]> {
   const servers = Array.from({ length: count }, () => net.createServer());
   await Promise.all(
-    servers.map(
-      (server) => new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve)),
-    ),
+    servers.map((server) => new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))),
   );
   const ports = servers.map((server) => (server.address() as net.AddressInfo).port);
   await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
