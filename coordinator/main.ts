@@ -14,18 +14,21 @@ import type { LoadProgress, WeightCache } from '../proto/gen/cluster.js';
 import type { Config } from './config.js';
 import { EngineHealth } from './engine-health.js';
 import { RankEngine, type StepFigures } from './engine.js';
+import { EngineSpeed } from './engine-speed.js';
+import { Heartbeat } from './heartbeat.js';
 import { serveEngineFace } from './http-engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
 import { EngineMetrics } from './metrics-engine.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
 import { openChecked } from './local-group.js';
+import { PodDeletionCost, type PodIdentity } from './pod-deletion-cost.js';
 import { JobTaker } from './queue.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
-import { HEARTBEAT_EVERY_MS, Store } from './store.js';
+import { Store, type EngineBeat } from './store.js';
 import { RedisWatch } from './store-watch.js';
-import { Throughput } from './throughput.js';
+import { takeDelayMs } from './take-order.js';
 
 export interface CoordinatorOptions {
   /** HOST:PORT of every rank, in rank order. */
@@ -43,6 +46,10 @@ export interface CoordinatorOptions {
   readonly metricsPort?: number | undefined;
   /** A step or a loading that has not moved on for this long makes the engine unhealthy. */
   readonly stallTimeoutMs: number;
+  /** Engines of low ordinals take jobs first. */
+  readonly ordinal?: number | undefined;
+  /** The Pod whose deletion cost is kept up to date. */
+  readonly pod?: PodIdentity | null;
   /** Called once, when probes and metrics are served. */
   readonly onFace?: (url: string) => void;
   readonly keptWeights?: WeightCache | undefined;
@@ -85,7 +92,11 @@ export async function runCoordinator(
   };
   const store = await Store.open(options.redisUrl, 'patient', onRedisError);
   const journal = await Journal.open(options.redisUrl, 'patient', onRedisError);
-  const taker = new JobTaker(options.redisUrl, card.name, onRedisError);
+  let heartbeat: Heartbeat | null = null;
+  const rank = { model: card.name, ordinal: options.ordinal };
+  const taker = new JobTaker(options.redisUrl, card.name, onRedisError, undefined, () =>
+    takeDelayMs(rank, heartbeat?.engines ?? []),
+  );
   const health = new EngineHealth(
     {
       tp: options.ranks.length,
@@ -98,16 +109,24 @@ export async function runCoordinator(
   const redis = new RedisWatch(store);
   const onDrain = (): void => {
     health.drain();
+    heartbeat?.beat();
+    void cost?.look();
   };
   draining.addEventListener('abort', onDrain);
   let face: { close: () => Promise<void> } | null = null;
   const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
-  const throughput = new Throughput();
+  const speed = new EngineSpeed();
+  const cost =
+    options.pod == null
+      ? null
+      : new PodDeletionCost(options.pod, health, (message) => {
+          log.warn({ pod: options.pod?.pod }, `pod-deletion-cost: ${message}`);
+        });
   let isReady = false;
   const startMs = performance.now();
   try {
     if (options.metricsPort !== undefined) {
-      const tokensPerSecond = (): number | null => throughput.tokensPerSecond;
+      const tokensPerSecond = (): number | null => speed.tokensPerSecond;
       const parts = { health, metrics, redis, tokensPerSecond };
       const served = await serveEngineFace(parts, options.host, options.metricsPort);
       face = served;
@@ -149,7 +168,7 @@ export async function runCoordinator(
           ...spec,
           isExact: options.isExact,
           onStep: (figures) => {
-            throughput.add(figures.rows, figures.totalMs);
+            speed.add(figures.rows, figures.sequences, figures.totalMs);
             metrics.step(figures.rows, figures.totalMs);
             options.onStep?.(figures);
           },
@@ -158,7 +177,17 @@ export async function runCoordinator(
         const runner = new JobRunner(engine, journal, taker, engineId, log, (outcome) => {
           metrics.jobLeft(outcome);
         });
-        await serve(engine, runner, store, card, engineId, throughput, options, draining, stopping);
+        const beat = (): EngineBeat => ({
+          ...{ model: card.name, engineId, active: engine.sequenceCount, slots: card.maxBatchSize },
+          ...{ tp: options.ranks.length, speeds: speed.speeds, isDraining: draining.aborted },
+          ...(options.ordinal === undefined ? {} : { ordinal: options.ordinal }),
+        });
+        heartbeat = new Heartbeat(store, beat);
+        try {
+          await serve(engine, runner, draining, stopping);
+        } finally {
+          await heartbeat.close();
+        }
       } catch (thrown) {
         if (isOver()) return;
         const error = toCaravanError(thrown);
@@ -172,6 +201,7 @@ export async function runCoordinator(
   } finally {
     draining.removeEventListener('abort', onDrain);
     redis.close();
+    await cost?.close();
     await taker.close();
     journal.close();
     store.close();
@@ -197,42 +227,19 @@ function orAborted<T>(waiting: Promise<T>, signal: AbortSignal): Promise<T> {
 async function serve(
   engine: RankEngine,
   runner: JobRunner,
-  store: Store,
-  card: ModelCard,
-  engineId: string,
-  throughput: Throughput,
-  options: CoordinatorOptions,
   draining: AbortSignal,
   stopping: AbortSignal,
 ): Promise<void> {
   const engineDone = new AbortController();
   const engineLost = new AbortController();
-  const beat = (): void => {
-    const { tokensPerSecond } = throughput;
-    store
-      .beat({
-        model: card.name,
-        engineId,
-        active: engine.sequenceCount,
-        slots: card.maxBatchSize,
-        tp: options.ranks.length,
-        ...(tokensPerSecond === null ? {} : { tokensPerSecond }),
-      })
-      // The next beat tries again.
-      .catch(() => undefined);
-  };
-  beat();
-  const heartbeat = setInterval(beat, HEARTBEAT_EVERY_MS);
   const running = engine.run(engineDone.signal).catch((error: unknown) => {
     engineLost.abort(error);
   });
   try {
     await runner.run(AbortSignal.any([draining, engineLost.signal]), stopping);
   } finally {
-    clearInterval(heartbeat);
     engineDone.abort();
     await running;
-    await Promise.race([store.retire(card.name, engineId).catch(() => undefined), delay(500)]);
   }
   engineLost.signal.throwIfAborted();
 }

@@ -1,6 +1,6 @@
 /** Settings of processes that others watch, end and replace: on Kubernetes, or under systemd. */
 import { z } from 'zod';
-import { defaulted, fromText, optional, whole } from './setting.js';
+import { defaulted, fromText, onOff, onOffRule, optional, whole } from './setting.js';
 
 const seconds = z.preprocess(fromText, z.number().gt(0).max(31_536_000));
 const secondsRule = 'a number of seconds above 0 and up to 31536000';
@@ -26,5 +26,19 @@ export const processSettings = {
       '/livez fails when a step or the loading of weights has not moved on for this long',
     rule: secondsRule,
     schema: seconds,
+  }),
+  ordinal: optional({
+    argument: '<n>',
+    description:
+      "number of the engine's Pod in a StatefulSet or LeaderWorkerSet: low ones take new jobs first",
+    rule: 'a whole number from 0 to 1000000',
+    schema: whole(0, 1_000_000),
+  }),
+  podDeletionCost: defaulted(false, {
+    argument: null,
+    description:
+      "keep the deletion cost of the engine's own Pod up to date, so that idle ones go first",
+    rule: onOffRule,
+    schema: onOff,
   }),
 } as const;

@@ -169,6 +169,7 @@ export class JobTaker {
   readonly #held = new Map<string, string>();
   readonly #renewal: NodeJS.Timeout;
   readonly #onError: (error: Error) => void;
+  readonly #delayMs: () => number;
   readonly #woken = new Bell();
   readonly #listeners = new Set<() => void>();
   #isRenewing = false;
@@ -179,13 +180,16 @@ export class JobTaker {
   #reconcileFromMs = 0;
   #isNew = true;
 
+  /** @param delayMs that the next fetch leaves to engines of lower ordinals. */
   constructor(
     url: string,
     model: string,
     onError: (error: Error) => void,
     rules: OrderRules = { agedAfterMs: DEFAULT_AGED_AFTER_MS },
+    delayMs: () => number = () => 0,
   ) {
     this.#onError = onError;
+    this.#delayMs = delayMs;
     this.#rules = rules;
     this.#redis = new Redis(url, redisOptions('patient'));
     this.#redis.on('error', onError);
@@ -226,6 +230,9 @@ export class JobTaker {
       while (!isOver()) {
         const { late, dispose } = graceAfter(signal);
         try {
+          const delayMs = this.#delayMs();
+          if (delayMs > 0) await delay(delayMs, undefined, { signal }).catch(() => undefined);
+          if (isOver()) return null;
           const fetching = this.#fetch();
           const taken = await Promise.race([fetching, late]);
           if (taken === 'again') continue;

@@ -4,14 +4,14 @@
  *
  *   caravan:cards                     hash: name → card
  *   caravan:engine:{MODEL}:ENGINE     a key that an engine renews; gone soon after the engine is
- *   caravan:rates                     hash: name → tokens a second of the engine that beat last; stays as cards do
+ *   caravan:speeds:{MODEL}            hash: sequences of a step → tokens a second, as told last; stays as cards do
  */
 import type { Redis } from 'ioredis';
+import type { Speed } from './engine-speed.js';
 import type { ModelCard } from './request.js';
 import { asCall, connectRedis, type Patience } from './store-connection.js';
 
 const CARDS = 'caravan:cards';
-const RATES = 'caravan:rates';
 /** An engine that has not beaten for this long is gone. */
 const HEARTBEAT_TTL_MS = 6_000;
 export const HEARTBEAT_EVERY_MS = 2_000;
@@ -23,8 +23,12 @@ export interface EngineBeat {
   readonly active: number;
   readonly slots: number;
   readonly tp: number;
-  /** Prompt and output tokens that it computes in a second; left out before its first step. */
-  readonly tokensPerSecond?: number;
+  /** As measured; left out before. */
+  readonly speeds?: readonly Speed[];
+  /** Engines of low ordinals take jobs first; left out where engines have none. */
+  readonly ordinal?: number;
+  /** It takes no more jobs. */
+  readonly isDraining?: boolean;
 }
 
 export interface RedisHealth {
@@ -76,16 +80,19 @@ export class Store {
   async beat(beat: EngineBeat): Promise<void> {
     const key = engineKey(beat.model, beat.engineId);
     await this.#call(() => this.#redis.set(key, JSON.stringify(beat), 'PX', HEARTBEAT_TTL_MS));
-    const { tokensPerSecond } = beat;
-    if (tokensPerSecond !== undefined) {
-      await this.#call(() => this.#redis.hset(RATES, beat.model, tokensPerSecond));
-    }
+    const speeds = beat.speeds ?? [];
+    if (speeds.length === 0) return;
+    const fields = speeds.flatMap((speed) => [String(speed.sequences), speed.tokensPerSecond]);
+    await this.#call(() => this.#redis.hset(speedsKey(beat.model), fields));
   }
 
-  /** Tokens a second of the model's engine that beat last; null when none was ever measured. */
-  async lastRate(model: string): Promise<number | null> {
-    const rate = await this.#call(() => this.#redis.hget(RATES, model));
-    return rate === null ? null : Number(rate);
+  /** The speeds that engines of the model told last, kind by kind; they stay at zero engines. */
+  async rememberedSpeeds(model: string): Promise<Speed[]> {
+    const fields = await this.#call(() => this.#redis.hgetall(speedsKey(model)));
+    return Object.entries(fields).map(([sequences, rate]) => ({
+      sequences: Number(sequences),
+      tokensPerSecond: Number(rate),
+    }));
   }
 
   /** An engine that ends says so. */
@@ -142,5 +149,6 @@ export class Store {
   }
 }
 
+const speedsKey = (model: string): string => `caravan:speeds:{${model}}`;
 const engineKey = (model: string, engineId: string): string =>
   `caravan:engine:{${model}}:${engineId}`;

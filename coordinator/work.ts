@@ -1,4 +1,5 @@
 /** Work as seconds: what one engine would need for all jobs of a model that wait or run. */
+import { capacityOf } from './engine-speed.js';
 import type { Backlog } from './queue-backlog.js';
 import type { Store } from './store.js';
 
@@ -10,7 +11,7 @@ export interface Work {
   readonly tokens: number;
   /** Age of the oldest job that no engine works on; 0 when none waits. */
   readonly oldestWaitingMs: number;
-  /** Of one engine: the mean of those that live, or the last one measured. */
+  /** Of one engine: as the busiest of those that live have shown it, or of those that were. */
   readonly tokensPerSecond: number;
   readonly seconds: number;
   /** Whether an engine has ever served it: without a card, gateways refuse its requests. */
@@ -27,25 +28,25 @@ export class WorkMeter {
   }
 
   /**
-   * @param guessedRate tokens a second to reckon with before an engine was measured.
+   * @param guessedRate tokens a second to reckon with until an engine was measured with half of its slots in use.
    * @throws CaravanError `redis_unavailable`.
    */
-  async measure(model: string, guessedRate = GUESSED_TOKENS_PER_SECOND): Promise<Work> {
+  async measure(model: string, guessedRate?: number): Promise<Work> {
     const card = await this.#store.card(model);
     const { jobs, tokens, oldestWaitingMs } = await this.#backlog.count(
       model,
       card?.maxSeqLen ?? null,
     );
-    const rates = (await this.#store.engines()).flatMap((engine) =>
-      engine.model === model && engine.tokensPerSecond !== undefined
-        ? [engine.tokensPerSecond]
-        : [],
+    const living = (await this.#store.engines()).flatMap((engine) =>
+      engine.model === model ? [engine.speeds ?? []] : [],
     );
+    const remembered = await this.#store.rememberedSpeeds(model);
+    const capacity = capacityOf(living, remembered, card?.maxBatchSize ?? Infinity);
     const measured =
-      rates.length > 0
-        ? rates.reduce((sum, rate) => sum + rate, 0) / rates.length
-        : await this.#store.lastRate(model);
-    const tokensPerSecond = measured !== null && measured > 0 ? measured : guessedRate;
+      capacity !== null && (capacity.isUnderLoad || guessedRate === undefined)
+        ? capacity.tokensPerSecond
+        : undefined;
+    const tokensPerSecond = measured ?? guessedRate ?? GUESSED_TOKENS_PER_SECOND;
     return {
       jobs,
       tokens,

@@ -5,11 +5,11 @@ import { after, test } from 'node:test';
 import { credentials, type ServiceError } from '@grpc/grpc-js';
 import { Queue } from 'bullmq';
 import { Redis } from 'ioredis';
+import { capacityOf, EngineSpeed } from '../coordinator/engine-speed.js';
 import { newJobId } from '../coordinator/journal.js';
 import { JobTaker, queueName } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
 import { METRIC_NAME } from '../coordinator/scaler.js';
-import { Throughput } from '../coordinator/throughput.js';
 import { ExternalScalerClient, type IsActiveResponse } from '../proto/gen/externalscaler.js';
 import { startGateway } from './gateway.js';
 
@@ -134,19 +134,33 @@ async function moveDelayed(id: string, timeMs: number): Promise<void> {
   direct.disconnect();
 }
 
-void test('seconds follow the measured engines, then the last of them; the metric says the same', async () => {
+void test('seconds follow what engines can under load, also of engines that were; the metric says the same', async () => {
   const tokens = 10 * (await seconds());
   const beat = { model: card.name, active: 0, slots: 4, tp: 2 };
-  await store.beat({ ...beat, engineId: 'one', tokensPerSecond: 40 });
-  await store.beat({ ...beat, engineId: 'two', tokensPerSecond: 60 });
-  await store.beat({ ...beat, engineId: 'unmeasured' });
+  const guessless = { model: card.name };
+  // Nothing was measured with half of the slots in use: the guess counts, or else what there is.
+  await store.beat({
+    ...{ ...beat, engineId: 'idle' },
+    speeds: [{ sequences: 1, tokensPerSecond: 5 }],
+  });
+  assert.equal(await seconds(), tokens / 10);
+  assert.equal(await seconds(guessless), tokens / 5);
+  const loaded = (rate: number) => [
+    { sequences: 1, tokensPerSecond: 5 },
+    { sequences: 4, tokensPerSecond: rate },
+  ];
+  await store.beat({ ...beat, engineId: 'one', speeds: loaded(40) });
+  await store.beat({ ...beat, engineId: 'two', speeds: loaded(60) });
   assert.equal(await seconds(), tokens / 50);
   const metrics = await (await fetch(`${gateway.url}/metrics`)).text();
   assert.match(
     metrics,
     new RegExp(`^caravan_work_seconds\\{model="${card.name}"\\} ${tokens / 50}$`, 'm'),
   );
-  for (const engine of ['one', 'two', 'unmeasured']) await store.retire(card.name, engine);
+  // The idle one alone does not say otherwise, and nor does nobody.
+  for (const engine of ['one', 'two']) await store.retire(card.name, engine);
+  assert.equal(await seconds(), tokens / 60);
+  await store.retire(card.name, 'idle');
   assert.equal(await seconds(), tokens / 60);
 });
 
@@ -174,13 +188,40 @@ void test('the target is per engine, and bad metadata is refused by name', async
   );
 });
 
-void test('steps of many rows say more of what an engine can than those of few', () => {
-  const throughput = new Throughput();
-  assert.equal(throughput.tokensPerSecond, null);
-  throughput.add(100, 1000);
-  assert.equal(throughput.tokensPerSecond, 100);
-  for (let i = 0; i < 200; i += 1) throughput.add(500, 1000);
-  assert.ok(Math.abs(throughput.tokensPerSecond - 500) < 1);
+void test('an engine is rated by its busiest steps, and follows when they change', () => {
+  const speed = new EngineSpeed();
+  assert.equal(speed.tokensPerSecond, null);
+  const run = (count: number, rows: number, sequences: number, totalMs: number): void => {
+    for (let i = 0; i < count; i += 1) speed.add(rows, sequences, totalMs);
+  };
+  run(15, 1, 1, 100);
+  assert.equal(speed.tokensPerSecond, null, 'the first steps say nothing');
+  run(500, 1, 1, 100);
+  const near = (rate: number): boolean => Math.abs((speed.tokensPerSecond ?? 0) - rate) < rate / 50;
+  assert.ok(near(10));
+  run(20, 8, 8, 160);
+  assert.ok(near(50));
+  // Hours of little to do change nothing of what it can.
+  run(5000, 1, 1, 100);
+  assert.ok(near(50));
+  run(3000, 9, 9, 90);
+  assert.ok(near(100));
+  assert.deepEqual(
+    speed.speeds.map(({ sequences }) => sequences),
+    [1, 8],
+  );
+  const kinds = (rate: number) => [{ sequences: 8, tokensPerSecond: rate }];
+  assert.deepEqual(capacityOf([], [], 8), null);
+  assert.deepEqual(capacityOf([kinds(10), kinds(30)], kinds(99), 8), {
+    ...{ tokensPerSecond: 20, isUnderLoad: true },
+  });
+  assert.deepEqual(capacityOf([[{ sequences: 1, tokensPerSecond: 3 }]], kinds(99), 17), {
+    ...{ tokensPerSecond: 99, isUnderLoad: false },
+  });
+  assert.equal(
+    capacityOf([[{ sequences: 1, tokensPerSecond: 3 }]], kinds(99), 4)?.tokensPerSecond,
+    3,
+  );
 });
 
 void test('while Redis is away KEDA is told so, in time', async () => {

@@ -2,6 +2,7 @@
 import type { Command } from 'commander';
 import { weightCacheSettingNames, weightCacheTerms } from '../group-spec.js';
 import { runCoordinator } from '../main.js';
+import { podIdentity } from '../pod-deletion-cost.js';
 import {
   drainTimeoutMs,
   listenForShutdown,
@@ -32,6 +33,8 @@ export function register(program: Command): void {
       'metricsPort',
       'stallTimeout',
       'drainTimeout',
+      'ordinal',
+      'podDeletionCost',
       'logLevel',
     ],
     { required: ['ranks', 'redis'] },
@@ -55,6 +58,8 @@ export function register(program: Command): void {
         onProgress: reportLoading,
         host: s.host,
         metricsPort: s.metricsPort,
+        ordinal: s.ordinal,
+        pod: s.podDeletionCost ? podIdentity(process.env) : null,
         stallTimeoutMs: 1000 * s.stallTimeout,
         onFace: (url) => {
           metricsUrl = url;
