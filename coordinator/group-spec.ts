@@ -4,9 +4,12 @@
 import os from 'node:os';
 import path from 'node:path';
 import type { Checkpoint } from '../model/checkpoint.js';
+import { deviceCodes, parseDevice } from '../model/device-name.js';
 import { kvBytes, planRanks, type RankPlan } from '../model/plan.js';
 import { shapeOf } from '../model/stored-tensor.js';
 import {
+  kvElementBytes,
+  modesOfDevice,
   weightBytes,
   weightForms,
   weightsCodes,
@@ -28,6 +31,8 @@ export interface GroupLimits {
   readonly transport?: Config['transport'];
   /** Where ranks keep their weights for the next start; nowhere if left out. */
   readonly keptWeights?: WeightCache | undefined;
+  /** What all ranks compute on; `cpu` if left out. */
+  readonly device?: string;
 }
 
 /** The settings of the weight cache, which every command that starts or drives ranks takes. */
@@ -95,12 +100,26 @@ export function planGroup(
       '--weights int4+int8 chooses by the number of rows and cannot be --exact: use int8, int4 or fp32',
     );
   }
-  const planned = (weights: WeightsMode): PlannedGroup => {
-    const forms = weightForms(checkpoint.config, tp, weights, limits.exact);
+  const device = parseDevice(limits.device ?? 'cpu').kind;
+  if (limits.exact && device !== 'cpu') {
+    throw new CaravanError(
+      'bad_usage',
+      `--exact: ${device} takes other kernels for other numbers of rows; only cpu promises the same bits`,
+    );
+  }
+  const modes = modesOfDevice[device];
+  if (limits.weights !== 'auto' && !modes.includes(limits.weights)) {
+    const rule = `${device} takes ${modes.join(', ')}`;
+    throw new CaravanError('bad_usage', `--weights ${limits.weights}: ${rule}`);
+  }
+  const planned = (weights: WeightsMode, smaller: GroupSpec | null = null): PlannedGroup => {
+    const forms = weightForms(checkpoint.config, tp, weights, limits.exact, device);
     const ranks = planRanks(checkpoint.config, tp, forms.ffnGrid).map((plan) => ({
       plan,
       weightBytes: weightBytes(checkpoint.config, plan, forms),
-      kvBytes: kvBytes(checkpoint.config, plan, maxSeqLen, limits.maxBatchSize),
+      kvBytes:
+        (kvBytes(checkpoint.config, plan, maxSeqLen, limits.maxBatchSize) / 4) *
+        kvElementBytes(device, weights),
     }));
     const spec: GroupSpec = {
       modelPath: checkpoint.path,
@@ -114,12 +133,16 @@ export function planGroup(
       stepTimeoutMs: DEFAULT_STEP_TIMEOUT_MS,
       transport: transports[limits.transport ?? 'auto'],
       weightCache: limits.keptWeights,
+      device: deviceCodes[device],
+      smaller,
     };
     const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);
     return { spec, weights, forms, ranks, neededBytes };
   };
-  if (limits.weights !== 'auto') return planned(limits.weights as WeightsMode);
+  if (limits.weights !== 'auto') return planned(limits.weights);
   if (parameterCount(checkpoint) < SMALL_PARAMETER_COUNT) return planned('fp32');
+  // What is free on a device its rank alone can tell: it refuses what does not fit.
+  if (device !== 'cpu') return planned('fp16', planned('int4').spec);
   if (limits.exact) return planned('int8');
   const both = planned('int4+int8');
   return both.neededBytes <= USABLE_MEMORY * machineBytes ? both : planned('int4');

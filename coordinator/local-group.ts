@@ -7,6 +7,7 @@ import {
   resolveModelPath,
   type Checkpoint,
 } from '../model/checkpoint.js';
+import { deviceOfRank } from '../model/device-name.js';
 import { planRanks, slicesOf } from '../model/plan.js';
 import { planGroup, type GroupLimits } from './group-spec.js';
 import { LoadBars } from './load-bars.js';
@@ -55,8 +56,12 @@ export async function startLocalGroup(options: LocalGroupOptions): Promise<Start
   };
   try {
     // What a rank has to say comes back as an error: a command's failure is one line.
-    const starting = Array.from({ length: tp }, () =>
-      startLocalRank({ threads: threadsPerRank(tp), device, logLevel: 'silent' }),
+    const starting = Array.from({ length: tp }, (_, rank) =>
+      startLocalRank({
+        threads: threadsPerRank(tp),
+        device: deviceOfRank(device, rank),
+        logLevel: 'silent',
+      }),
     );
     const settled = await Promise.allSettled(starting);
     for (const result of settled) if (result.status === 'fulfilled') started.push(result.value);

@@ -39,6 +39,8 @@ export interface CoordinatorOptions {
   readonly maxSeqLen: number | undefined;
   readonly maxBatchSize: number;
   readonly isExact: boolean;
+  /** What all ranks compute on. */
+  readonly device: string;
   readonly weights: Config['weights'];
   readonly transport: Config['transport'];
   /** Address and port of probes and metrics; 0 takes a free one, left out serves none. */

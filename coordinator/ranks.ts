@@ -8,6 +8,7 @@ import { CaravanError, isErrorCode } from '../proto/errors.js';
 import {
   RankClient,
   type Command,
+  type DeviceKind,
   type Loaded,
   type LoadProgress,
   type Report,
@@ -32,6 +33,9 @@ export interface GroupSpec {
   readonly transport: Transport;
   /** Left out where weights are not kept for the next start. */
   readonly weightCache: WeightCache | undefined;
+  readonly device: DeviceKind;
+  /** With fewer bits, where a device turns out to have no room for this one; null if there is none. */
+  readonly smaller: GroupSpec | null;
 }
 
 export interface ConnectOptions {
@@ -81,6 +85,20 @@ export class Ranks {
     addresses: readonly string[],
     spec: GroupSpec,
     options: ConnectOptions = {},
+  ): Promise<Ranks> {
+    try {
+      return await Ranks.#connect(addresses, spec, options);
+    } catch (error) {
+      const isTooLarge = error instanceof CaravanError && error.code === 'out_of_memory';
+      if (!isTooLarge || spec.smaller === null) throw error;
+      return Ranks.#connect(addresses, spec.smaller, options);
+    }
+  }
+
+  static async #connect(
+    addresses: readonly string[],
+    spec: GroupSpec,
+    options: ConnectOptions,
   ): Promise<Ranks> {
     const links = addresses.map((address, rank) => new RankLink(rank, address));
     const close = (): void => {

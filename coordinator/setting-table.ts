@@ -1,5 +1,6 @@
 /** Every setting that a process or a command may have: its flag, its rule in words and as a schema, its default. */
 import { z } from 'zod';
+import { isDeviceName } from '../model/device-name.js';
 import { EMBEDDED_MODEL } from './package-root.js';
 import { processSettings } from './process-settings.js';
 import {
@@ -38,17 +39,15 @@ export const settingTable = {
   }),
   device: defaulted('cpu', {
     argument: '<device>',
-    description: 'device of a rank: cpu (webgpu and cuda are not built yet)',
-    rule: 'one of cpu, webgpu, cuda',
-    schema: z.enum(['cpu', 'webgpu', 'cuda']),
-    refuse: (value) => (value === 'cpu' ? null : 'is not built yet; use cpu'),
+    description: 'what ranks compute on: cpu, webgpu, cuda (rank i has GPU i) or cuda:N',
+    rule: 'cpu, webgpu, cuda or cuda:N',
+    schema: text.refine(isDeviceName),
   }),
   weights: defaulted('auto', {
     argument: '<mode>',
     description: 'how weights are held; auto takes the fastest that fits into memory',
     rule: 'one of auto, fp32, fp16, int8, int4, int4+int8',
     schema: z.enum(['auto', 'fp32', 'fp16', 'int8', 'int4', 'int4+int8']),
-    refuse: (value) => (value === 'fp16' ? 'is for GPUs, which are not built yet' : null),
   }),
   exact: defaulted(false, {
     argument: null,

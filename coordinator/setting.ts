@@ -12,8 +12,6 @@ export interface SettingRule<T> {
   readonly isRepeatable?: boolean;
   /** Belongs to one call, so that neither the environment nor the file may set it. */
   readonly isFlagOnly?: boolean;
-  /** Why a legal value cannot be used in this release, or null. */
-  readonly refuse?: (value: T) => string | null;
 }
 
 export interface Setting<T, D extends T | undefined> extends SettingRule<T> {

@@ -2,6 +2,7 @@
  * How weights are held in memory. Arithmetic only: coordinator and ranks come to the same answer.
  *
  *   fp32   4 bytes a weight
+ *   fp16   2 bytes a weight, on GPUs
  *   int8   signed, one scale an output; activations are scaled row by row
  *   int4   blocks along the inputs, each with a scale
  *
@@ -11,14 +12,27 @@
  */
 import { Weights } from '../proto/gen/cluster.js';
 import type { LlamaConfig } from './config.js';
+import type { DeviceKind } from './device-name.js';
 import { cut, listSlices, slicesOf, type RankPlan } from './plan.js';
 
-export const weightsModes = ['fp32', 'int8', 'int4', 'int4+int8'] as const;
+export const weightsModes = ['fp32', 'fp16', 'int8', 'int4', 'int4+int8'] as const;
 export type WeightsMode = (typeof weightsModes)[number];
+
+/** What each device has kernels for. */
+export const modesOfDevice: Readonly<Record<DeviceKind, readonly WeightsMode[]>> = {
+  cpu: ['fp32', 'int8', 'int4', 'int4+int8'],
+  webgpu: ['fp32', 'fp16', 'int4'],
+  cuda: ['fp32', 'fp16', 'int4'],
+};
+
+/** Bytes of a key's or value's element. CUDA's attention knows no other than 16-bit floats. */
+export const kvElementBytes = (device: DeviceKind, mode: WeightsMode): 2 | 4 =>
+  device === 'cuda' || (device === 'webgpu' && mode === 'fp16') ? 2 : 4;
 
 /** On the wire. */
 export const weightsCodes = {
   fp32: Weights.WEIGHTS_FP32,
+  fp16: Weights.WEIGHTS_FP16,
   int8: Weights.WEIGHTS_INT8,
   int4: Weights.WEIGHTS_INT4,
   'int4+int8': Weights.WEIGHTS_INT4_INT8,
@@ -26,8 +40,14 @@ export const weightsCodes = {
 
 export type WeightForm =
   | { readonly kind: 'fp32' }
+  | { readonly kind: 'fp16' }
   | { readonly kind: 'int8' }
-  | { readonly kind: 'int4'; readonly block: number };
+  | {
+      readonly kind: 'int4';
+      readonly block: number;
+      /** Scales of 16 bits, as GPUs take them. */
+      readonly hasHalfScales?: true;
+    };
 
 /** The forms of a layer's matrices, for steps of at most `maxRows` rows. */
 export interface FormVariant {
@@ -62,7 +82,9 @@ export function weightForms(
   tp: number,
   mode: WeightsMode,
   isExact: boolean,
+  device: DeviceKind = 'cpu',
 ): WeightForms {
+  if (device !== 'cpu') return gpuForms(config, tp, mode, device);
   const blocks = BLOCKS.filter((block) => !isExact || block <= EXACT_BLOCK);
   const int8 = { kind: 'int8' } as const;
   const int4 = (block: number | undefined): WeightForm =>
@@ -85,6 +107,7 @@ export function weightForms(
     down: int4(ffnBlock),
   });
   switch (mode) {
+    case 'fp16':
     case 'fp32': {
       const fp32 = { kind: 'fp32' } as const;
       return { variants: [all(fp32)], embedding: fp32, head: fp32, ffnGrid: 1 };
@@ -108,6 +131,41 @@ export function weightForms(
   }
 }
 
+/** CUDA's quick product of few rows takes blocks of 32; smaller matrices are not worth it. */
+const GPU_BLOCK = 32;
+
+/** One variant for any number of rows. The embedding stays on the host, where rows are looked up. */
+function gpuForms(
+  config: LlamaConfig,
+  tp: number,
+  mode: WeightsMode,
+  device: 'webgpu' | 'cuda',
+): WeightForms {
+  const fp32 = { kind: 'fp32' } as const;
+  const fp16 = { kind: 'fp16' } as const;
+  const isHalf = mode === 'fp16' || (mode === 'int4' && device === 'cuda');
+  const dense = isHalf ? fp16 : fp32;
+  const int4 = (fits: boolean): WeightForm => {
+    if (mode !== 'int4' || !fits) return dense;
+    return { kind: 'int4', block: GPU_BLOCK, ...(isHalf ? { hasHalfScales: true } : {}) };
+  };
+  const isFfnEven = isEven(config.ffnSize, tp, GPU_BLOCK);
+  const wide = int4(config.hiddenSize % GPU_BLOCK === 0);
+  const variant = {
+    maxRows: Infinity,
+    qkv: wide,
+    o: int4(config.headSize % GPU_BLOCK === 0),
+    gateUp: wide,
+    down: int4(isFfnEven),
+  };
+  return {
+    variants: [variant],
+    embedding: mode === 'int4' ? { kind: 'int8' } : fp32,
+    head: dense,
+    ffnGrid: mode === 'int4' && isFfnEven ? GPU_BLOCK : 1,
+  };
+}
+
 /** Whether the network's columns, cut on a grid, are shared evenly enough. */
 function isEven(ffnSize: number, tp: number, block: number): boolean {
   if (ffnSize % block !== 0 || ffnSize / block < tp) return false;
@@ -119,11 +177,14 @@ export function formBytes(form: WeightForm, outputs: number, inputs: number): nu
   switch (form.kind) {
     case 'fp32':
       return 4 * outputs * inputs;
+    case 'fp16':
+      return 2 * outputs * inputs;
     case 'int8':
       return outputs * inputs + 4 * outputs;
     case 'int4': {
       const blockCount = Math.ceil(inputs / form.block);
-      return outputs * (blockCount * (form.block / 2 + 4) + Math.ceil(blockCount / 2));
+      const scaleBytes = form.hasHalfScales === true ? 2 : 4;
+      return outputs * (blockCount * (form.block / 2 + scaleBytes) + Math.ceil(blockCount / 2));
     }
   }
 }

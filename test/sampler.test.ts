@@ -46,6 +46,9 @@ function reportsOf(
       computeUs: 0,
       waitUs: 0,
       longestStretchUs: 0,
+      copyUs: 0,
+      bytesToDevice: 0,
+      bytesToHost: 0,
     };
   });
   return { results, vocabCounts: slices.map(({ count }) => count) };

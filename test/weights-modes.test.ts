@@ -71,7 +71,7 @@ for (const form of forms) {
     const block = form.kind === 'int4' ? form.block : inputs;
     // Half a step. With 4 bits a step is an eighth of the largest, and zero may lie half a step off, or the weight
     // opposite to the largest be cut off by a whole one.
-    const steps = { fp32: 0, int8: 0.5 / 127, int4: 1 / 7.5 }[form.kind];
+    const steps = { fp32: 0, fp16: 0, int8: 0.5 / 127, int4: 1 / 7.5 }[form.kind];
     for (let output = 0; output < outputs; output += 1) {
       for (let input = 0; input < inputs; input += 1) {
         const start = output * inputs + Math.floor(input / block) * block;

@@ -91,6 +91,11 @@ export class AdjustedLogits {
     known.length += 1;
   }
 
+  /** Whether the slot's next logits are sampled from as they are not. */
+  adjusts(slot: number): boolean {
+    return this.#slots.has(slot) || this.#masked.has(slot);
+  }
+
   /**
    * The slot's next logits as they are sampled from.
    *

@@ -41,8 +41,26 @@ export class Embedding {
     }
   }
 
+  /**
+   * A rank's partial of the embedding: the rows of those tokens that are in its slice of the vocabulary, else zero.
+   *
+   * @param partial (tokens, width)
+   */
+  writePartial(
+    tokens: readonly number[],
+    slice: { readonly start: number; readonly count: number },
+    partial: Float32Array,
+  ): void {
+    const width = this.#hiddenSize;
+    tokens.forEach((token, row) => {
+      const own = token - slice.start;
+      if (own >= 0 && own < slice.count) this.#copyRow(own, partial, row * width);
+      else partial.fill(0, row * width, (row + 1) * width);
+    });
+  }
+
   /** Copies our row `row` to `target`, from index `at`. */
-  copyRow(row: number, target: Float32Array, at: number): void {
+  #copyRow(row: number, target: Float32Array, at: number): void {
     const width = this.#hiddenSize;
     const from = row * width;
     if (this.#values instanceof Float32Array) {

@@ -6,7 +6,7 @@ import { CaravanError } from '../proto/errors.js';
 import type { FetchRow, RawLogits, Step, StepResult } from '../proto/gen/cluster.js';
 import { AdjustedLogits } from './adjusted-logits.js';
 import type { Pacer } from './pacer.js';
-import type { Pass } from './pass.js';
+import type { Pass, Wish } from './pass.js';
 import { layOutStep, type StepLayout } from './step-layout.js';
 import { largestOf, logSumExp, selectTopK } from './top-k.js';
 
@@ -63,7 +63,7 @@ export class Forward {
     this.#adjusted.mask(step.masking);
     this.#lastStep = step.number;
     this.#lastSampledSlots = layout.sampledSlots;
-    const waitMs = await this.#pass.compute(layout);
+    const figures = await this.#pass.compute(layout, this.#wishOf(step, layout));
     for (const { firstSlot, batch, length } of layout.groups) {
       for (let slot = firstSlot; slot < firstSlot + batch; slot += 1) {
         slots.lengths[slot]! += length;
@@ -73,8 +73,12 @@ export class Forward {
     const result = this.#report(step, layout);
     this.#pacer.served();
     const totalUs = 1000 * (performance.now() - startMs);
+    const { waitMs, copyMs, bytesToDevice, bytesToHost } = figures;
     result.waitUs = Math.round(1000 * waitMs);
-    result.computeUs = Math.round(totalUs) - result.waitUs;
+    result.copyUs = Math.round(1000 * copyMs);
+    result.computeUs = Math.max(0, Math.round(totalUs) - result.waitUs - result.copyUs);
+    result.bytesToDevice = bytesToDevice;
+    result.bytesToHost = bytesToHost;
     result.longestStretchUs = this.#pacer.takeLongestUs();
     return result;
   }
@@ -98,10 +102,18 @@ export class Forward {
     }
   }
 
+  /** The largest logits of every sampled row, as far as they are asked for. */
+  #wishOf(step: Step, layout: StepLayout): Wish {
+    return {
+      k: Math.max(1, Math.min(step.topK, this.#pass.vocab.count)),
+      temperatures: layout.sampledSlots.map((slot) => this.#temperatures[slot]!),
+    };
+  }
+
   #report(step: Step, layout: StepLayout): StepResult {
     const { start, count } = this.#pass.vocab;
     const rowCount = layout.sampledRows.length;
-    const k = Math.max(1, Math.min(step.topK, count));
+    const { k } = this.#wishOf(step, layout);
     const topIds = new Array<number>(rowCount * k);
     const topLogits = new Array<number>(rowCount * k);
     const lseRaw = new Array<number>(rowCount);
@@ -111,15 +123,22 @@ export class Forward {
     const rawLogits: RawLogits = { rowCount: 0, topIds: [], topLogits: [], adjustedTopLogits: [] };
     for (let row = 0; row < rowCount; row += 1) {
       const slot = layout.sampledSlots[row]!;
+      const target = layout.targets[row]!;
+      const isRaw = this.#reportsRaw[slot] === true;
+      // A greedy row needs no probabilities, and raw ones are only for evaluation and logprobs.
+      const needsRaw = isRaw || target >= 0;
+      if (!needsRaw && !this.#adjusted.adjusts(slot)) {
+        const { logSumExp: lse } = this.#pass.top(row, topIds, topLogits, row * k);
+        lseRaw[row] = 0;
+        lseAdjusted[row] = lse;
+        if (layout.hasTargets) targetLogits.push(NaN);
+        continue;
+      }
       const raw = this.#pass.logits(row);
       const adjusted = this.#adjusted.of(slot, raw);
       selectTopK(adjusted, 0, count, start, k, topIds, topLogits, row * k);
       const max = topLogits[row * k]!;
       const temperature = this.#temperatures[slot]!;
-      const target = layout.targets[row]!;
-      const isRaw = this.#reportsRaw[slot] === true;
-      // A greedy row needs no probabilities, and raw ones are only for evaluation and logprobs.
-      const needsRaw = isRaw || target >= 0;
       lseRaw[row] = needsRaw ? logSumExp(raw, 0, count, largestOf(raw), 1) : 0;
       lseAdjusted[row] = temperature > 0 ? logSumExp(adjusted, 0, count, max, temperature) : 0;
       if (isRaw) {
@@ -148,6 +167,9 @@ export class Forward {
       computeUs: 0,
       waitUs: 0,
       longestStretchUs: 0,
+      copyUs: 0,
+      bytesToDevice: 0,
+      bytesToHost: 0,
     };
   }
 }

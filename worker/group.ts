@@ -1,35 +1,27 @@
 /**
  * One rank's membership in a group: everything that lives as long as one coordinator holds the rank.
  */
-import os from 'node:os';
 import type { Checkpoint } from '../model/checkpoint.js';
-import { kvBytes } from '../model/plan.js';
 import { CaravanError } from '../proto/errors.js';
 import type { Load } from '../proto/gen/cluster.js';
 import { GroupAllReduce, SoloAllReduce, type AllReduce } from './all-reduce.js';
+import type { LoadedShard, OpenPass } from './device.js';
 import { Forward } from './forward.js';
-import { HostPass } from './host-pass.js';
-import { KvCache } from './kv-cache.js';
 import type { Lobby } from './lobby.js';
-import type { Ort } from './ort.js';
 import { Pacer } from './pacer.js';
 import { meetPeers } from './peers.js';
-import type { Shard } from './shard.js';
-import { Workspace } from './workspace.js';
 
 export class Group {
   readonly forward: Forward;
   readonly kvBytes: number;
-  readonly #kv: KvCache;
-  readonly #workspace: Workspace;
+  readonly #open: OpenPass;
   readonly #allReduce: AllReduce;
 
-  private constructor(forward: Forward, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
+  private constructor(forward: Forward, kvBytes: number, open: OpenPass, allReduce: AllReduce) {
     this.forward = forward;
-    this.#kv = kv;
-    this.#workspace = workspace;
+    this.kvBytes = kvBytes;
+    this.#open = open;
     this.#allReduce = allReduce;
-    this.kvBytes = kv.byteCount;
   }
 
   /**
@@ -38,33 +30,26 @@ export class Group {
    * @throws CaravanError `out_of_memory`, `rank_unavailable`, or the signal's reason.
    */
   static async join(
-    ort: Ort,
-    shard: Shard,
+    shard: LoadedShard,
     load: Load,
     lobby: Lobby,
     signal: AbortSignal,
   ): Promise<Group> {
     const { config, plan } = shard;
-    refuseTooLittleMemory(kvBytes(config, plan, load.maxSeqLen, load.maxBatchSize));
     const pacer = new Pacer();
-    const kv = new KvCache(ort, config, plan, load.maxSeqLen, load.maxBatchSize);
     const capacity = load.maxStepRows * config.hiddenSize;
     const peers = await meetPeers(load, capacity, lobby, signal);
     const allReduce =
       plan.tp === 1
         ? new SoloAllReduce(capacity, pacer)
         : new GroupAllReduce(plan.rank, peers, capacity, load.stepTimeoutMs, pacer);
-    const workspace = new Workspace(
-      ort,
-      config,
-      plan,
-      load.maxStepRows,
-      load.maxSeqLen,
-      allReduce.partials,
-    );
-    const pass = new HostPass(shard, kv, workspace, allReduce);
-    const forward = new Forward(pass, pacer);
-    return new Group(forward, kv, workspace, allReduce);
+    try {
+      const open = await shard.openPass(load, allReduce);
+      return new Group(new Forward(open.pass, pacer), shard.kvBytes(load), open, allReduce);
+    } catch (error) {
+      allReduce.close();
+      throw error;
+    }
   }
 
   /** Ends a step that is under way, with this error. */
@@ -75,19 +60,7 @@ export class Group {
   /** Leaves the peers and frees the memory. No step may be under way. */
   close(): void {
     this.#allReduce.close();
-    this.#workspace.release();
-    this.#kv.release();
-  }
-}
-
-/** The KV cache is committed as it fills: it is checked here, where it can still be said in one line. */
-function refuseTooLittleMemory(byteCount: number): void {
-  const total = os.totalmem();
-  if (byteCount > total) {
-    throw new CaravanError(
-      'out_of_memory',
-      `the KV cache needs ${byteCount} bytes, this machine has ${total}: lower max_seq_len or max_batch_size`,
-    );
+    this.#open.release();
   }
 }
 

@@ -5,9 +5,10 @@ import type { LlamaConfig } from '../model/config.js';
 import type { AllReduce, Turn } from './all-reduce.js';
 import type { KvCache } from './kv-cache.js';
 import type { Tensor } from './ort.js';
-import type { Pass, Slots } from './pass.js';
+import type { Pass, PassFigures, RowTop, Slots, Wish } from './pass.js';
 import type { Shard } from './shard.js';
 import type { StepLayout } from './step-layout.js';
+import { logSumExp, selectTopK } from './top-k.js';
 import type { GroupTensors, Workspace } from './workspace.js';
 
 export class HostPass implements Pass {
@@ -21,6 +22,7 @@ export class HostPass implements Pass {
   readonly #allReduce: AllReduce;
   #turn: Turn = 0;
   #waitMs = 0;
+  #wish: Wish = { k: 1, temperatures: [] };
 
   constructor(shard: Shard, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
     this.config = shard.config;
@@ -33,8 +35,9 @@ export class HostPass implements Pass {
     this.#allReduce = allReduce;
   }
 
-  async compute(layout: StepLayout): Promise<number> {
+  async compute(layout: StepLayout, wish: Wish): Promise<PassFigures> {
     this.#waitMs = 0;
+    this.#wish = wish;
     const { rowCount, groups } = layout;
     const { layers, attention, plan } = this.#shard;
     const workspace = this.#workspace;
@@ -73,18 +76,32 @@ export class HostPass implements Pass {
       await this.#exchange(rowCount);
       h = afterFfn;
     }
-    if (layout.sampledRows.length === 0) return this.#waitMs;
+    if (layout.sampledRows.length === 0) return this.#figures();
     layout.sampledRows.forEach((row, i) => {
       workspace.sampledRows[i] = BigInt(row);
     });
     const sampled = workspace.sampled(layout.sampledRows.length);
     this.#shard.head.run([h, ...this.#received(rows.partials), sampled.rows], [sampled.logits]);
-    return this.#waitMs;
+    return this.#figures();
   }
 
   logits(row: number): Float32Array<ArrayBuffer> {
     const { count } = this.vocab;
     return this.#workspace.logits.subarray(row * count, (row + 1) * count);
+  }
+
+  top(row: number, ids: number[], values: number[], at: number): RowTop {
+    const { start, count } = this.vocab;
+    const logits = this.logits(row);
+    selectTopK(logits, 0, count, start, this.#wish.k, ids, values, at);
+    const temperature = this.#wish.temperatures[row]!;
+    return {
+      logSumExp: temperature > 0 ? logSumExp(logits, 0, count, values[at]!, temperature) : 0,
+    };
+  }
+
+  #figures(): PassFigures {
+    return { waitMs: this.#waitMs, copyMs: 0, bytesToDevice: 0, bytesToHost: 0 };
   }
 
   /** Partials of the last exchange, in rank order. */
@@ -100,19 +117,9 @@ export class HostPass implements Pass {
     this.#waitMs += performance.now() - startMs;
   }
 
-  /** Our partial of the embedding: the rows whose token is in our slice of the vocabulary, else zero. */
   #embed({ tokens }: StepLayout): void {
-    const { embedding, plan, config } = this.#shard;
-    const partial = this.#allReduce.partials[this.#turn]![plan.rank]!;
-    const width = config.hiddenSize;
-    tokens.forEach((token, row) => {
-      const own = token - plan.vocab.start;
-      if (own >= 0 && own < plan.vocab.count) {
-        embedding.copyRow(own, partial, row * width);
-      } else {
-        partial.fill(0, row * width, (row + 1) * width);
-      }
-    });
+    const { embedding, plan } = this.#shard;
+    embedding.writePartial(tokens, plan.vocab, this.#allReduce.partials[this.#turn]![plan.rank]!);
   }
 
   #bindPositions({ positions, groups }: StepLayout): void {

@@ -48,6 +48,8 @@ export function linearWriter(
   arrays: ArraySource,
 ): LinearWriter {
   switch (form.kind) {
+    // Devices make their 16-bit floats themselves.
+    case 'fp16':
     case 'fp32':
       return fp32Writer(outputs, inputs, arrays);
     case 'int8':

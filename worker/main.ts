@@ -3,7 +3,11 @@
  */
 import { Command, InvalidArgumentError } from 'commander';
 import pino from 'pino';
+import { isDeviceName, parseDevice } from '../model/device-name.js';
 import { toCaravanError } from '../proto/errors.js';
+import { BoundDevice } from './bound-device.js';
+import type { Device } from './device.js';
+import { HostDevice } from './host-device.js';
 import { Ort } from './ort.js';
 import { serveHealth } from './health-port.js';
 import { RankServer } from './service.js';
@@ -41,14 +45,24 @@ const seconds = (text: string): number => {
 const DRAIN_TIMEOUT_S = 300;
 
 const device = (text: string): string => {
-  if (text !== 'cpu') throw new InvalidArgumentError('only cpu is there yet.');
+  if (!isDeviceName(text)) throw new InvalidArgumentError('must be cpu, webgpu, cuda or cuda:N.');
   return text;
+};
+
+const gigabytes = (text: string): number => {
+  if (!(Number(text) > 0)) throw new InvalidArgumentError('must be a number above 0.');
+  return Number(text);
 };
 
 const program = new Command('caravan worker')
   .description('Runs one rank.')
   .requiredOption('--listen <host:port>', 'address to serve on; port 0 picks a free one', address)
   .option('--device <device>', 'device of this rank', device, 'cpu')
+  .option('--device-memory <gigabytes>', "most of the device's memory that is used", gigabytes)
+  .option(
+    '--ort-library <file>',
+    'libonnxruntime of another place, for CUDA (default: CARAVAN_ORT_LIBRARY, or that of onnxruntime-node)',
+  )
   .option('--threads <count>', 'threads that compute', threadCount, 1)
   .option('--health-port <port>', 'port of /livez; 0 picks a free one (default: none)', port)
   .option('--health-host <host>', "address that /livez is served on (default: --listen's)")
@@ -68,6 +82,9 @@ const program = new Command('caravan worker')
 
 const options = program.parse().opts<{
   listen: string;
+  device: string;
+  deviceMemory?: number;
+  ortLibrary?: string;
   threads: number;
   healthPort?: number;
   healthHost?: string;
@@ -75,6 +92,17 @@ const options = program.parse().opts<{
   drainTimeout?: number;
   logLevel: string;
 }>();
+
+/** @throws CaravanError `bad_usage` when it is not there, saying what is missing. */
+function openDevice({ device: text, deviceMemory, ortLibrary, threads }: typeof options): Device {
+  const name = parseDevice(text);
+  const ort = new Ort(threads, ortLibrary ?? process.env['CARAVAN_ORT_LIBRARY']);
+  if (name.kind === 'cpu') return new HostDevice(ort);
+  return new BoundDevice(ort, name, {
+    memoryLimit: deviceMemory === undefined ? null : deviceMemory * 1e9,
+  });
+}
+
 const log = pino(
   { name: 'rank', level: options.logLevel, base: { pid: process.pid } },
   pino.destination(2),
@@ -82,7 +110,7 @@ const log = pino(
 
 try {
   SharedSegment.removeOrphans();
-  const server = new RankServer(new Ort(options.threads), log);
+  const server = new RankServer(openDevice(options), log);
   const port = await server.listen(options.listen);
   const bound = options.listen.replace(/:\d+$/, `:${port}`);
   log.info({ address: bound }, 'listening');

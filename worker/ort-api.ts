@@ -49,6 +49,31 @@ const functions = {
   SetGlobalIntraOpNumThreads: [147, 'void* F(void* threading, int count)'],
   SetGlobalInterOpNumThreads: [148, 'void* F(void* threading, int count)'],
   AddSessionConfigEntry: [130, 'void* F(void* options, str key, str value)'],
+  CreateRunOptions: [39, 'void* F(_Out_ void** out)'],
+  CreateTensorAsOrtValue: [
+    48,
+    'void* F(void* allocator, int64_t* shape, size_t rank, int type, _Out_ void** out)',
+  ],
+  GetTensorMutableData: [51, 'void* F(void* value, _Out_ void** out)'],
+  CreateMemoryInfo: [68, 'void* F(str name, int allocator, int id, int type, _Out_ void** out)'],
+  ReleaseMemoryInfo: [94, 'void F(void* memory)'],
+  ReleaseRunOptions: [97, 'void F(void* options)'],
+  CreateAllocator: [131, 'void* F(void* session, void* memory, _Out_ void** out)'],
+  RunWithBinding: [133, 'void* F(void* session, void* runOptions, void* binding)'],
+  CreateIoBinding: [134, 'void* F(void* session, _Out_ void** out)'],
+  ReleaseIoBinding: [135, 'void F(void* binding)'],
+  BindInput: [136, 'void* F(void* binding, str name, void* value)'],
+  BindOutput: [137, 'void* F(void* binding, str name, void* value)'],
+  AddRunConfigEntry: [165, 'void* F(void* options, str key, str value)'],
+  SynchronizeBoundOutputs: [203, 'void* F(void* binding)'],
+  AppendCudaProvider: [204, 'void* F(void* options, void* provider)'],
+  CreateCUDAProviderOptions: [205, 'void* F(_Out_ void** out)'],
+  UpdateCUDAProviderOptions: [
+    206,
+    'void* F(void* provider, void* keys, void* values, size_t count)',
+  ],
+  ReleaseCUDAProviderOptions: [208, 'void F(void* provider)'],
+  AppendProvider: [216, 'void* F(void* options, str name, void* keys, void* values, size_t count)'],
 } as const;
 
 type FunctionName = keyof typeof functions;

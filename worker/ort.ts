@@ -17,6 +17,7 @@ export const elementType = {
   int8: 3,
   int32: 6,
   int64: 7,
+  float16: 10,
 } as const;
 export type ElementType = (typeof elementType)[keyof typeof elementType];
 

@@ -12,6 +12,30 @@ export interface Slots {
   readonly lengths: Int32Array;
 }
 
+/** What is to be known of a step's sampled rows beside their logits. */
+export interface Wish {
+  /** How many of the largest logits of a row, at most vocab.count. */
+  readonly k: number;
+  /** (sampled rows) temperatures; 0 where no sum of exponentials is needed. */
+  readonly temperatures: readonly number[];
+}
+
+/** What a step cost beside computing. */
+export interface PassFigures {
+  /** Milliseconds that were spent waiting for peers, and in copies between host and device. */
+  readonly waitMs: number;
+  readonly copyMs: number;
+  /** Bytes that were copied. */
+  readonly bytesToDevice: number;
+  readonly bytesToHost: number;
+}
+
+/** A sampled row as it is without adjustments. */
+export interface RowTop {
+  /** log Σ exp(logit / temperature) over the slice; 0 where the temperature is 0. */
+  readonly logSumExp: number;
+}
+
 export interface Pass {
   readonly config: LlamaConfig;
   /** This rank's slice of the vocabulary. */
@@ -22,10 +46,14 @@ export interface Pass {
   /**
    * Appends the step's rows to the KV cache and computes the logits of those that are sampled.
    *
-   * @returns milliseconds that were spent waiting for peers.
    * @throws CaravanError `rank_failed` when a peer is lost: then the rank's sequences are in doubt.
    */
-  compute(layout: StepLayout): Promise<number>;
-  /** (vocab.count) raw logits of a sampled row of the last step, until the next one. */
+  compute(layout: StepLayout, wish: Wish): Promise<PassFigures>;
+  /**
+   * Of a sampled row of the last step: writes the ids and values of the k largest raw logits, falling, from index `at`,
+   * equal ones by rising id.
+   */
+  top(row: number, ids: number[], values: number[], at: number): RowTop;
+  /** (vocab.count) raw logits of a sampled row of the last step, until the next call or step. */
   logits(row: number): Float32Array<ArrayBuffer>;
 }

@@ -9,8 +9,15 @@
 import { setMaxListeners } from 'node:events';
 import { Server, ServerCredentials, type ServerDuplexStream } from '@grpc/grpc-js';
 import { openCheckpoint } from '../model/checkpoint.js';
+import { deviceCodes } from '../model/device-name.js';
 import { planRanks } from '../model/plan.js';
-import { weightForms, weightsCodes, weightsModes } from '../model/weights.js';
+import {
+  modesOfDevice,
+  weightForms,
+  weightsCodes,
+  weightsModes,
+  type WeightsMode,
+} from '../model/weights.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import {
   RankService,
@@ -20,15 +27,13 @@ import {
   type Report,
 } from '../proto/gen/cluster.js';
 import { PROTOCOL } from '../proto/protocol.js';
+import type { Device, LoadedShard } from './device.js';
 import { checkLoad, Group } from './group.js';
 import type { Progress } from './health-port.js';
 import { Lobby, type PeerCall } from './lobby.js';
 import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
-import type { Ort } from './ort.js';
 import { partialsMethod } from './partial-codec.js';
 import { peerChannelOptions } from './peers.js';
-import type { Shard } from './shard.js';
-import { loadShard, type LoadedShard } from './shard-loading.js';
 
 type DriveCall = ServerDuplexStream<Command, Report>;
 
@@ -41,12 +46,11 @@ export interface RankLog {
 }
 
 export class RankServer {
-  readonly #ort: Ort;
+  readonly #device: Device;
   readonly #log: RankLog;
   readonly #server = new Server(peerChannelOptions);
   readonly #lobby = new Lobby();
-  #kept: { readonly key: string; readonly shard: Shard; readonly cachedBytes: number } | null =
-    null;
+  #kept: { readonly key: string; readonly shard: LoadedShard } | null = null;
   /** Resolves when the coordinator that holds the rank has let it go; null while nobody does. */
   #held: Promise<void> | null = null;
   #isHolderAlive = false;
@@ -54,8 +58,8 @@ export class RankServer {
   /** When what is under way last moved; null while nothing is. */
   #movedMs: number | null = null;
 
-  constructor(ort: Ort, log: RankLog) {
-    this.#ort = ort;
+  constructor(device: Device, log: RankLog) {
+    this.#device = device;
     this.#log = log;
     this.#server.addService(RankService, {
       drive: (call: DriveCall) => {
@@ -181,7 +185,7 @@ export class RankServer {
     const shard = await this.#shardFor(call, load, signal);
     // Peers that load more slowly are no fault of ours.
     this.#movedMs = null;
-    const group = await Group.join(this.#ort, shard.shard, load, this.#lobby, signal);
+    const group = await Group.join(shard.shard, load, this.#lobby, signal);
     const { vocab } = shard.shard.plan;
     const loaded = {
       weightBytes: shard.shard.weightBytes,
@@ -189,8 +193,9 @@ export class RankServer {
       bytesRead: shard.bytesRead,
       vocabStart: vocab.start,
       vocabCount: vocab.count,
-      cachedBytes: shard.cachedBytes,
+      cachedBytes: shard.shard.cachedBytes,
       cacheFault: shard.cacheFault,
+      device: this.#device.name,
     };
     call.write({ kind: { $case: 'loaded', loaded } });
     this.#log.info({ rank: load.rank, tp: load.peers.length, ...loaded }, 'loaded');
@@ -202,7 +207,7 @@ export class RankServer {
     call: DriveCall,
     load: Load,
     signal: AbortSignal,
-  ): Promise<LoadedShard & { readonly bytesRead: number }> {
+  ): Promise<{ shard: LoadedShard; bytesRead: number; cacheFault: string }> {
     const checkpoint = openCheckpoint(load.modelPath);
     checkLoad(load, checkpoint);
     const tp = load.peers.length;
@@ -210,12 +215,15 @@ export class RankServer {
     if (mode === undefined) {
       throw new CaravanError('invalid_request', `weights mode ${load.weights} is not known`);
     }
+    checkDevice(load, this.#device, mode);
     const { digest, localStamp } = checkpoint;
     const key = [digest, localStamp, mode, load.isExact, load.rank, tp].join('\n');
-    if (this.#kept?.key === key) return { ...this.#kept, bytesRead: 0, cacheFault: '' };
+    if (this.#kept?.key === key) {
+      return { shard: this.#kept.shard, bytesRead: 0, cacheFault: '' };
+    }
     this.#kept?.shard.release();
     this.#kept = null;
-    const forms = weightForms(checkpoint.config, tp, mode, load.isExact);
+    const forms = weightForms(checkpoint.config, tp, mode, load.isExact, this.#device.kind);
     const plan = planRanks(checkpoint.config, tp, forms.ffnGrid)[load.rank]!;
     let reportedMs = 0;
     const report = (loadProgress: LoadProgress): void => {
@@ -228,11 +236,26 @@ export class RankServer {
     };
     holdLargeBlocks('loading');
     const origin = { checkpoint, plan, mode, forms };
-    const loaded = await loadShard(this.#ort, origin, load.weightCache, report, signal);
-    this.#kept = { key, shard: loaded.shard, cachedBytes: loaded.cachedBytes };
+    const shard = await this.#device.load(origin, load, report, signal);
+    this.#kept = { key, shard };
     collectGarbage();
     holdLargeBlocks('running');
-    return { ...loaded, bytesRead: loaded.shard.bytesRead };
+    return { shard, bytesRead: shard.bytesRead, cacheFault: shard.cacheFault };
+  }
+}
+
+/** Ranks on other devices than the plan's would cut the model elsewhere. */
+function checkDevice({ device, rank }: Load, { kind, name }: Device, mode: WeightsMode): void {
+  if (device !== deviceCodes[kind]) {
+    const planned = Object.entries(deviceCodes).find(([, code]) => code === device)?.[0] ?? device;
+    throw new CaravanError(
+      'invalid_request',
+      `the coordinator plans for --device ${planned}, rank ${rank} is on ${name}: give both the same`,
+    );
+  }
+  if (!modesOfDevice[kind].includes(mode)) {
+    const modes = modesOfDevice[kind].join(', ');
+    throw new CaravanError('invalid_request', `--weights ${mode}: ${name} takes ${modes}`);
   }
 }
 

@@ -66,6 +66,11 @@ export class WeightLoader {
     this.#reader.close();
   }
 
+  /** The arrays of a matrix may be written again: whoever needed them has copies. */
+  giveBack(matrix: Linear): void {
+    this.#pool.giveBack(matrix);
+  }
+
   async vector(slice: TensorSlice): Promise<Float32Array> {
     const count = slice.columns.count;
     const { values } = await this.#build(slice.tensor, { take: allocateBytes }, (arrays) => {
@@ -181,6 +186,7 @@ class ArrayPool implements ArraySource {
     return this.#free.get(byteCount)?.pop() ?? allocateBytes(byteCount);
   }
 
+  /** The arrays of a matrix may be written again: whoever needed them has copies. */
   giveBack(matrix: Linear): void {
     for (const { buffer } of arraysOf(matrix)) {
       const list = this.#free.get(buffer.byteLength) ?? [];

@@ -30,7 +30,7 @@ export function register(program: Command): void {
     'json',
   ]);
   command.action(async () => {
-    const { model, tp, weights, exact, maxSeqLen, maxBatchSize, json } = settings();
+    const { model, tp, device, weights, exact, maxSeqLen, maxBatchSize, json } = settings();
     const { slices: showsSlices, verify } = command.opts<{ slices?: true; verify?: true }>();
     const path = resolveModelPath(model);
     // Before anything is read that may be damaged.
@@ -39,7 +39,8 @@ export function register(program: Command): void {
         ? await verifyChecklist(path, process.stderr.isTTY ? process.stderr : null)
         : null;
     const checkpoint = openCheckpoint(path);
-    const limits = { weights, exact, maxSeqLen, maxBatchSize, maxStepRows: DEFAULT_MAX_STEP_ROWS };
+    const maxStepRows = DEFAULT_MAX_STEP_ROWS;
+    const limits = { device, weights, exact, maxSeqLen, maxBatchSize, maxStepRows };
     const group = planGroup(checkpoint, tp, limits);
     const report = { ...describe(checkpoint, group), verified };
     if (json) process.stdout.write(`${JSON.stringify(report)}\n`);

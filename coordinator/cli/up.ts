@@ -5,6 +5,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Command } from 'commander';
 import type { Logger } from 'pino';
 import { CaravanError } from '../../proto/errors.js';
+import { deviceOfRank } from '../../model/device-name.js';
 import type { LoadProgress } from '../../proto/gen/cluster.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup, weightCacheSettingNames } from '../group-spec.js';
 import { LoadBars } from '../load-bars.js';
@@ -122,14 +123,16 @@ class Caravan {
       `caravan: ${path.basename(checkpoint.path)} on ${tp} ranks, weights ${weights}${note}\n`,
     );
     const redisUrl = s.redis ?? (await this.#startRedis());
-    const addresses = await Promise.all(Array.from({ length: tp }, () => this.#startRank(tp)));
+    const addresses = await Promise.all(
+      Array.from({ length: tp }, (_, rank) => this.#startRank(tp, rank)),
+    );
     const shared = ['--redis', redisUrl, '--log-level', s.logLevel];
     const coordinatorArgs = [
       'coordinator',
       ...shared,
       ...['--ranks', addresses.join(',')],
       ...['--model', s.model, '--max-batch-size', String(s.maxBatchSize)],
-      ...['--transport', s.transport, '--weights', s.weights],
+      ...['--transport', s.transport, '--weights', s.weights, '--device', s.device],
       ...['--weight-cache-max', String(s.weightCacheMax)],
       ...(s.exact ? ['--exact'] : []),
       ...optional('maxSeqLen', s.maxSeqLen),
@@ -179,10 +182,11 @@ class Caravan {
   }
 
   /** A rank keeps its port when it is started again: its coordinator knows it by that. */
-  async #startRank(tp: number): Promise<string> {
+  async #startRank(tp: number, rank: number): Promise<string> {
     const { device, logLevel } = this.#settings;
     const address = `127.0.0.1:${await freePort()}`;
-    const args = ['--listen', address, '--device', device, '--log-level', logLevel];
+    const args = ['--listen', address, '--device', deviceOfRank(device, rank)];
+    args.push('--log-level', logLevel);
     args.push('--threads', String(threadsPerRank(tp)));
     await this.#supervise(nodeChild('rank', workerEntry, args)).start();
     return address;

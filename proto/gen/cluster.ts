@@ -50,6 +50,7 @@ export const Weights = {
   WEIGHTS_INT4: 3,
   /** WEIGHTS_INT4_INT8 - int4 for few rows, int8 for many. */
   WEIGHTS_INT4_INT8: 4,
+  WEIGHTS_FP16: 5,
   UNRECOGNIZED: -1,
 } as const;
 
@@ -61,7 +62,26 @@ export namespace Weights {
   export type WEIGHTS_INT8 = typeof Weights.WEIGHTS_INT8;
   export type WEIGHTS_INT4 = typeof Weights.WEIGHTS_INT4;
   export type WEIGHTS_INT4_INT8 = typeof Weights.WEIGHTS_INT4_INT8;
+  export type WEIGHTS_FP16 = typeof Weights.WEIGHTS_FP16;
   export type UNRECOGNIZED = typeof Weights.UNRECOGNIZED;
+}
+
+/** What ranks compute on: how weights are held and where they are cut depends on it. */
+export const DeviceKind = {
+  /** DEVICE_KIND_UNSPECIFIED - The CPU. */
+  DEVICE_KIND_UNSPECIFIED: 0,
+  DEVICE_KIND_WEBGPU: 1,
+  DEVICE_KIND_CUDA: 2,
+  UNRECOGNIZED: -1,
+} as const;
+
+export type DeviceKind = typeof DeviceKind[keyof typeof DeviceKind];
+
+export namespace DeviceKind {
+  export type DEVICE_KIND_UNSPECIFIED = typeof DeviceKind.DEVICE_KIND_UNSPECIFIED;
+  export type DEVICE_KIND_WEBGPU = typeof DeviceKind.DEVICE_KIND_WEBGPU;
+  export type DEVICE_KIND_CUDA = typeof DeviceKind.DEVICE_KIND_CUDA;
+  export type UNRECOGNIZED = typeof DeviceKind.UNRECOGNIZED;
 }
 
 export const SampledRows = {
@@ -143,7 +163,11 @@ export interface Load {
   /** A row's result may not depend on the rows beside it: int4 takes blocks of 32 then. */
   isExact: boolean;
   /** Where weights are kept for the next start; left out where they are not. */
-  weightCache?: WeightCache | undefined;
+  weightCache?:
+    | WeightCache
+    | undefined;
+  /** The kind of device that the group is planned for. A rank on another one refuses. */
+  device: DeviceKind;
 }
 
 export interface WeightCache {
@@ -174,6 +198,8 @@ export interface Loaded {
   cachedBytes: number;
   /** Why these weights were not kept for the next start, in a line; empty where they were, or need not be. */
   cacheFault: string;
+  /** The rank's device, as in --device. */
+  device: string;
 }
 
 /**
@@ -285,7 +311,16 @@ export interface StepResult {
   /** The longest time without serving the network, in microseconds. */
   longestStretchUs: number;
   /** Left out where no row's slot reports raw logits. */
-  raw?: RawLogits | undefined;
+  raw?:
+    | RawLogits
+    | undefined;
+  /**
+   * Of a rank on a device: time in copies between host and device, in microseconds, and the bytes that were copied.
+   * Keys and values are never among them.
+   */
+  copyUs: number;
+  bytesToDevice: number;
+  bytesToHost: number;
 }
 
 /** Logits before any adjustment, of those rows of a step whose slots report them, in their order. */
@@ -650,6 +685,7 @@ function createBaseLoad(): Load {
     transport: 0,
     isExact: false,
     weightCache: undefined,
+    device: 0,
   };
 }
 
@@ -696,6 +732,9 @@ export const Load: MessageFns<Load> = {
     }
     if (message.weightCache !== undefined) {
       WeightCache.encode(message.weightCache, writer.uint32(114).fork()).join();
+    }
+    if (message.device !== 0) {
+      writer.uint32(120).int32(message.device);
     }
     return writer;
   },
@@ -823,6 +862,14 @@ export const Load: MessageFns<Load> = {
             }
 
             message.weightCache = WeightCache.decode(reader, reader.uint32());
+            continue;
+          }
+          case 15: {
+            if (tag !== 120) {
+              break;
+            }
+
+            message.device = reader.int32() as any;
             continue;
           }
         }
@@ -964,7 +1011,16 @@ export const LoadProgress: MessageFns<LoadProgress> = {
 };
 
 function createBaseLoaded(): Loaded {
-  return { weightBytes: 0, kvBytes: 0, bytesRead: 0, vocabStart: 0, vocabCount: 0, cachedBytes: 0, cacheFault: "" };
+  return {
+    weightBytes: 0,
+    kvBytes: 0,
+    bytesRead: 0,
+    vocabStart: 0,
+    vocabCount: 0,
+    cachedBytes: 0,
+    cacheFault: "",
+    device: "",
+  };
 }
 
 export const Loaded: MessageFns<Loaded> = {
@@ -989,6 +1045,9 @@ export const Loaded: MessageFns<Loaded> = {
     }
     if (message.cacheFault !== "") {
       writer.uint32(58).string(message.cacheFault);
+    }
+    if (message.device !== "") {
+      writer.uint32(66).string(message.device);
     }
     return writer;
   },
@@ -1060,6 +1119,14 @@ export const Loaded: MessageFns<Loaded> = {
             }
 
             message.cacheFault = reader.string();
+            continue;
+          }
+          case 8: {
+            if (tag !== 66) {
+              break;
+            }
+
+            message.device = reader.string();
             continue;
           }
         }
@@ -1715,6 +1782,9 @@ function createBaseStepResult(): StepResult {
     waitUs: 0,
     longestStretchUs: 0,
     raw: undefined,
+    copyUs: 0,
+    bytesToDevice: 0,
+    bytesToHost: 0,
   };
 }
 
@@ -1769,6 +1839,15 @@ export const StepResult: MessageFns<StepResult> = {
     }
     if (message.raw !== undefined) {
       RawLogits.encode(message.raw, writer.uint32(82).fork()).join();
+    }
+    if (message.copyUs !== 0) {
+      writer.uint32(88).uint32(message.copyUs);
+    }
+    if (message.bytesToDevice !== 0) {
+      writer.uint32(96).uint64(message.bytesToDevice);
+    }
+    if (message.bytesToHost !== 0) {
+      writer.uint32(104).uint64(message.bytesToHost);
     }
     return writer;
   },
@@ -1914,6 +1993,30 @@ export const StepResult: MessageFns<StepResult> = {
             }
 
             message.raw = RawLogits.decode(reader, reader.uint32());
+            continue;
+          }
+          case 11: {
+            if (tag !== 88) {
+              break;
+            }
+
+            message.copyUs = reader.uint32();
+            continue;
+          }
+          case 12: {
+            if (tag !== 96) {
+              break;
+            }
+
+            message.bytesToDevice = longToNumber(reader.uint64());
+            continue;
+          }
+          case 13: {
+            if (tag !== 104) {
+              break;
+            }
+
+            message.bytesToHost = longToNumber(reader.uint64());
             continue;
           }
         }

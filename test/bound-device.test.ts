@@ -1,0 +1,133 @@
+/**
+ * The graphs of GPUs, through IoBinding, in host memory: only the memory's name differs from a GPU's. Logits are the
+ * oracle's, and of what lies on the device only partials and the largest logits are copied.
+ */
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test } from 'node:test';
+import { SampledRows, type Step } from '../proto/gen/cluster.js';
+import { withHostMemoryDevices } from './device-ranks.js';
+import { Oracle, prefill } from './oracle.js';
+import { Random } from './random.js';
+import { writeRandomCheckpoint } from './random-checkpoint.js';
+
+const LIMITS = { maxSeqLen: 64, maxBatchSize: 3, maxStepRows: 64 };
+
+const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-bound-'));
+after(() => {
+  fs.rmSync(scratch, { recursive: true });
+});
+
+const cases = [
+  // Largest difference: of float32; of attention in 16 bits; of 16 bits throughout.
+  { kind: 'webgpu', weights: 'fp32', tp: 1, headSize: 8, isHeadTied: true, tolerance: 2e-4 },
+  { kind: 'webgpu', weights: 'fp32', tp: 2, headSize: 16, isHeadTied: false, tolerance: 2e-4 },
+  { kind: 'cuda', weights: 'fp32', tp: 3, headSize: 16, isHeadTied: true, tolerance: 2e-2 },
+  { kind: 'cuda', weights: 'fp16', tp: 1, headSize: 32, isHeadTied: true, tolerance: 5e-2 },
+  { kind: 'cuda', weights: 'fp16', tp: 2, headSize: 64, isHeadTied: false, tolerance: 5e-2 },
+] as const;
+
+const noStep: Omit<Step, 'number'> = {
+  joins: [],
+  decodeSlots: [],
+  decodeTokens: [],
+  chunks: [],
+  topK: 4,
+};
+
+/** The largest absolute difference. */
+const distance = (a: ArrayLike<number>, b: ArrayLike<number>): number =>
+  Array.from(a, (x, i) => Math.abs(x - b[i]!)).reduce((most, x) => Math.max(most, x), 0);
+
+for (const { kind, weights, tp, tolerance, ...settings } of cases) {
+  void test(`${kind}, ${weights}, tp ${tp}, heads of ${settings.headSize}: chunks, batches and lone rows give the oracle's logits`, async (t) => {
+    const folder = path.join(scratch, `${kind}-${weights}-${tp}`);
+    const config = {
+      ...{ hiddenSize: 96, ffnSize: 160, layerCount: 2, headCount: 6, kvHeadCount: 3 },
+      ...{ vocabSize: 173, maxPositions: 64, normEps: 1e-5, ropeTheta: 10_000, ...settings },
+    };
+    writeRandomCheckpoint(folder, { config, seed: tp, format: 'F16', shardCount: 1 });
+    const random = new Random(tp);
+    const draw = (count: number) => Array.from({ length: count }, () => random.below(173));
+    const prompts = [draw(21), draw(9), draw(14)];
+    const next = draw(3);
+    const oracle = new Oracle(folder);
+    const expected = prompts.map((prompt, i) => prefill(oracle, [...prompt, next[i]!]).logits);
+    await withHostMemoryDevices(folder, kind, { ...LIMITS, tp, weights }, async (ranks) => {
+      const { SAMPLED_ROWS_NONE: none, SAMPLED_ROWS_LAST: last } = SampledRows;
+      const chunk = (slot: number, tokens: number[], sampledRows: SampledRows) => ({
+        ...{ slot, tokens, sampledRows },
+        targets: [],
+      });
+      const joins = [0, 1, 2].map((slot) => ({ slot, temperature: 0.7 }));
+      const [a, b, c] = prompts as [number[], number[], number[]];
+      // A prompt in two chunks, beside another one; then a chunk beside a decode; then all decode.
+      const chunks = [chunk(0, a.slice(0, 12), none), chunk(1, b, last)];
+      await ranks.forward({ ...noStep, number: 1, joins, chunks });
+      await ranks.forward({
+        ...noStep,
+        number: 2,
+        decodeSlots: [1],
+        decodeTokens: [next[1]!],
+        chunks: [chunk(0, a.slice(12), none), chunk(2, c, none)],
+      });
+      const beside = await ranks.fetchRow(2, 0);
+      await ranks.forward({ ...noStep, number: 3, decodeSlots: [0], decodeTokens: [next[0]!] });
+      const alone = await ranks.fetchRow(3, 0);
+      const decodeSlots = [0, 1, 2];
+      const decodeTokens = [5, 6, next[2]!];
+      const results = await ranks.forward({ ...noStep, number: 4, decodeSlots, decodeTokens });
+      const batched = await ranks.fetchRow(4, 2);
+      for (const [name, row, i] of [
+        ['beside chunks', beside, 1],
+        ['alone', alone, 0],
+        ['in a batch', batched, 2],
+      ] as const) {
+        const most = distance(row, expected[i]!);
+        t.diagnostic(`${name}: largest difference ${most.toExponential(1)}`);
+        assert.ok(most < tolerance, `${name}: ${most}`);
+      }
+      // What the ranks report of the last row is what its logits say.
+      const top = results.flatMap((result) =>
+        Array.from({ length: 4 }, (_, i) => [result.topIds[8 + i]!, result.topLogits[8 + i]!]),
+      );
+      for (const [id, logit] of top) assert.ok(Math.abs(batched[id!]! - logit!) < 1e-6);
+      const best = Math.max(...batched);
+      assert.equal(Math.max(...top.map(([, logit]) => logit!)), best);
+      const sum = (temperature: number, rows: Iterable<number>) =>
+        [...rows].reduce((total, x) => total + Math.exp(x / temperature), 0);
+      const reported = results.reduce((total, r) => total + Math.exp(r.lseAdjusted[2]!), 0);
+      assert.ok(Math.abs(Math.log(reported) - Math.log(sum(0.7, batched))) < 1e-4);
+    });
+  });
+}
+
+void test('of a decode only partials, places and the largest logits are copied', async () => {
+  const folder = path.join(scratch, 'copied');
+  const config = {
+    ...{ hiddenSize: 64, ffnSize: 96, layerCount: 3, headCount: 4, kvHeadCount: 2, headSize: 16 },
+    ...{ vocabSize: 101, maxPositions: 64, normEps: 1e-5, ropeTheta: 10_000, isHeadTied: false },
+  };
+  writeRandomCheckpoint(folder, { config, seed: 1, format: 'F32', shardCount: 1 });
+  for (const tp of [1, 2]) {
+    const limits = { ...LIMITS, tp, weights: 'fp32' } as const;
+    await withHostMemoryDevices(folder, 'webgpu', limits, async (ranks) => {
+      const tokens = Array.from({ length: 40 }, (_, i) => i);
+      const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
+      const joins = [{ slot: 0, temperature: 0 }];
+      const chunks = [{ slot: 0, tokens, sampledRows, targets: [] }];
+      await ranks.forward({ ...noStep, number: 1, joins, chunks });
+      const step = { ...noStep, number: 2, decodeSlots: [0], decodeTokens: [7] };
+      for (const { bytesToDevice, bytesToHost } of await ranks.forward(step)) {
+        const partial = 4 * config.hiddenSize;
+        const exchanges = 2 * config.layerCount;
+        // Position (8), last position (4), sampled row (8), inverse temperature (4).
+        assert.equal(bytesToDevice, partial * (tp + exchanges * (tp - 1)) + 24);
+        // Four logits and their places, two sums.
+        assert.equal(bytesToHost, (tp > 1 ? exchanges * partial : 0) + 4 * (4 + 8) + 2 * 4);
+      }
+    });
+  }
+});

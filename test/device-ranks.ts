@@ -1,0 +1,57 @@
+/** Ranks in this process, on whatever device, over their real gRPC service. */
+import { planGroup } from '../coordinator/group-spec.js';
+import { Ranks } from '../coordinator/ranks.js';
+import { openCheckpoint } from '../model/checkpoint.js';
+import type { DeviceKind } from '../model/device-name.js';
+import { BoundDevice } from '../worker/bound-device.js';
+import { Ort } from '../worker/ort.js';
+import { RankServer } from '../worker/service.js';
+
+const silent = { info: () => undefined, warn: () => undefined };
+
+export interface DeviceGroupLimits {
+  readonly tp: number;
+  readonly weights: 'fp32' | 'fp16' | 'int4';
+  readonly maxSeqLen: number;
+  readonly maxBatchSize: number;
+  readonly maxStepRows: number;
+  readonly memoryLimit?: number;
+}
+
+// The library is loaded once a process.
+const ort = new Ort(1);
+
+/** Runs `use` with a group whose ranks compute the graphs of `kind` in host memory, through IoBinding. */
+export async function withHostMemoryDevices<T>(
+  folder: string,
+  kind: DeviceKind,
+  limits: DeviceGroupLimits,
+  use: (ranks: Ranks) => Promise<T>,
+): Promise<T> {
+  const { memoryLimit = null } = limits;
+  const servers = Array.from(
+    { length: limits.tp },
+    () => new RankServer(new BoundDevice(ort, { kind: 'cpu' }, { kind, memoryLimit }), silent),
+  );
+  try {
+    const ports = await Promise.all(servers.map((server) => server.listen('127.0.0.1:0')));
+    const { spec } = planGroup(openCheckpoint(folder), limits.tp, {
+      ...limits,
+      exact: false,
+      device: kind,
+      // Ranks of one process cannot sleep for each other.
+      transport: 'grpc',
+    });
+    const ranks = await Ranks.connect(
+      ports.map((port) => `127.0.0.1:${port}`),
+      spec,
+    );
+    try {
+      return await use(ranks);
+    } finally {
+      ranks.close();
+    }
+  } finally {
+    for (const server of servers) server.stop();
+  }
+}

@@ -1,0 +1,179 @@
+/** A device whose memory ONNX Runtime's IoBinding reaches: weights, KV and activations stay in it. */
+import { sliceBytes, type Checkpoint } from '../model/checkpoint.js';
+import { nameOfDevice, type DeviceKind, type DeviceName } from '../model/device-name.js';
+import { kvBytes, listSlices, slicesOf, type RankPlan } from '../model/plan.js';
+import { formBytes, weightBytes, type WeightForms } from '../model/weights.js';
+import { CaravanError } from '../proto/errors.js';
+import type { LoadProgress } from '../proto/gen/cluster.js';
+import type { AllReduce } from './all-reduce.js';
+import type { Device, GroupLimits, LoadedShard, LoadTerms, OpenPass } from './device.js';
+import { DeviceKv } from './device-kv.js';
+import { DevicePass } from './device-pass.js';
+import { DeviceShard, deviceShape, type MatrixSource } from './device-shard.js';
+import { DeviceWorkspace } from './device-workspace.js';
+import { elementType, type Ort } from './ort.js';
+import { CudaRuntime } from './ort-cuda.js';
+import { OrtDevice } from './ort-device.js';
+import { providerOf } from './ort-provider.js';
+import type { WeightsOrigin } from './weight-cache.js';
+import { WeightLoader } from './weight-loader.js';
+
+/** What is left to sessions: products' own memory, and what the runtime keeps. */
+const SESSION_BYTES = 768 * 2 ** 20;
+
+export class BoundDevice implements Device {
+  readonly name: string;
+  readonly kind: DeviceKind;
+  readonly #ort: Ort;
+  readonly #device: OrtDevice;
+  readonly #cuda: CudaRuntime | null;
+  readonly #memoryLimit: number | null;
+
+  /**
+   * @param kind whose graphs are computed: that of the device, but for tests, which compute a GPU's in host memory.
+   * @param memoryLimit bytes that may be taken of the device's memory; null for all.
+   * @throws CaravanError `bad_usage` when the device is not there, saying how to mend it.
+   */
+  constructor(
+    ort: Ort,
+    name: DeviceName,
+    {
+      kind = name.kind,
+      memoryLimit = null,
+    }: { kind?: DeviceKind; memoryLimit?: number | null } = {},
+  ) {
+    this.name = nameOfDevice(name);
+    this.kind = kind;
+    this.#ort = ort;
+    this.#memoryLimit = memoryLimit;
+    this.#cuda = name.kind === 'cuda' ? CudaRuntime.open(name.index) : null;
+    const provider = providerOf(name, { memoryLimit, stream: this.#cuda?.stream ?? null });
+    this.#device = new OrtDevice(ort, provider, this.#cuda);
+  }
+
+  async load(
+    { checkpoint, plan, forms }: WeightsOrigin,
+    terms: LoadTerms,
+    onProgress: (progress: LoadProgress) => void,
+    signal: AbortSignal,
+  ): Promise<LoadedShard> {
+    const slices = listSlices(slicesOf(checkpoint.config, plan));
+    const bytesTotal = slices.reduce((sum, slice) => sum + sliceBytes(checkpoint, slice), 0);
+    const report = (bytesRead: number): void => {
+      onProgress({ bytesRead, bytesTotal, isCached: false });
+    };
+    const source = new WeightLoader(
+      this.#ort,
+      checkpoint,
+      { kind: 'checkpoint', recorder: null },
+      report,
+      signal,
+    );
+    const shard = await this.loadFrom(source, checkpoint, plan, forms, terms);
+    report(bytesTotal);
+    return shard;
+  }
+
+  /** What is free of the device's memory, as far as it can be known and may be used. */
+  #memory(): DeviceMemory | null {
+    const limit = this.#memoryLimit;
+    const whole = this.#cuda?.memory() ?? null;
+    if (limit === null) return whole;
+    if (whole === null) return { freeBytes: limit, totalBytes: limit };
+    return { freeBytes: Math.min(limit, whole.freeBytes), totalBytes: whole.totalBytes };
+  }
+
+  /** As `load`, of weights from anywhere. @param source is closed at the end. */
+  async loadFrom(
+    source: MatrixSource,
+    { config }: Pick<Checkpoint, 'config'>,
+    plan: RankPlan,
+    forms: WeightForms,
+    limits: GroupLimits,
+  ): Promise<LoadedShard> {
+    const shape = deviceShape(this.kind, this.#device.provider, config, plan, forms);
+    const kvElementBytes = shape.attention === elementType.float16 ? 2 : 4;
+    const kvOf = ({ maxSeqLen, maxBatchSize }: GroupLimits): number =>
+      (kvBytes(config, plan, maxSeqLen, maxBatchSize) / 4) * kvElementBytes;
+    const embeddingBytes = formBytes(forms.embedding, plan.vocab.count, config.hiddenSize);
+    const memory = this.#memory();
+    if (memory !== null) {
+      refuseTooLittle(this.name, memory, {
+        weightBytes: weightBytes(config, plan, forms) - embeddingBytes,
+        kvBytes: kvOf(limits),
+        sessionBytes: SESSION_BYTES,
+      });
+    }
+    const device = this.#device;
+    const shard = await DeviceShard.load(device, shape, forms, source);
+    return {
+      config,
+      plan,
+      weightBytes: shard.weightBytes,
+      bytesRead: shard.bytesRead,
+      cachedBytes: 0,
+      cacheFault: '',
+      kvBytes: kvOf,
+      openPass: (own, allReduce) => openPass(device, shard, own, allReduce, this.#cuda),
+      release: () => {
+        shard.release();
+      },
+    };
+  }
+}
+
+async function openPass(
+  device: OrtDevice,
+  shard: DeviceShard,
+  { maxSeqLen, maxBatchSize, maxStepRows }: GroupLimits,
+  allReduce: AllReduce,
+  cuda: CudaRuntime | null,
+): Promise<OpenPass> {
+  const { config, plan, attention } = shard.shape;
+  // Copies of pinned memory need no second copy on their way.
+  const unpin = cuda === null ? [] : allReduce.partials.flat().map((array) => cuda.pin(array));
+  const kv = new DeviceKv(device, config, plan, attention, maxSeqLen, maxBatchSize);
+  const workspace = new DeviceWorkspace(device, shard, kv, maxStepRows, allReduce);
+  const pass = new DevicePass(device, shard, kv, workspace, allReduce);
+  await pass.warmUp(() => new Promise((resolve) => setImmediate(resolve)));
+  return {
+    pass,
+    release: () => {
+      workspace.release();
+      kv.release();
+      for (const undo of unpin) undo();
+    },
+  };
+}
+
+export interface DeviceMemory {
+  readonly freeBytes: number;
+  readonly totalBytes: number;
+}
+
+const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;
+
+/**
+ * Refuses a shard that a device has no room for.
+ *
+ * @throws CaravanError `out_of_memory` saying what was asked, what is free, and what would help.
+ */
+export function refuseTooLittle(
+  device: string,
+  { freeBytes, totalBytes }: DeviceMemory,
+  asked: {
+    readonly weightBytes: number;
+    readonly kvBytes: number;
+    readonly sessionBytes: number;
+  },
+): void {
+  const { weightBytes: weights, kvBytes: kv, sessionBytes } = asked;
+  const sum = weights + kv + sessionBytes;
+  if (sum <= freeBytes) return;
+  throw new CaravanError(
+    'out_of_memory',
+    `${device} needs ${gigabytes(sum)} (weights ${gigabytes(weights)}, KV ${gigabytes(kv)}, sessions ` +
+      `${gigabytes(sessionBytes)}), ${gigabytes(freeBytes)} of its ${gigabytes(totalBytes)} are free: ` +
+      'lower --max-seq-len or --max-batch-size, take --weights int4, or more ranks',
+  );
+}

@@ -1,0 +1,296 @@
+/**
+ * The graphs of a rank on a device. Weights are inputs: one graph serves all layers, and each weight lies on the device
+ * once, whatever number of graphs reads it.
+ *
+ *   h, partials ─> attention (norm, qkv, rotary, a GroupQueryAttention a group, o) ─> h', partial
+ *   h, partials ─> ffn ─> h', partial
+ *   h, partials ─> head ─> logits, the k largest of them, sums of exponentials
+ *
+ * Activations are (1, rows, width) as on the host.
+ */
+import type { LlamaConfig } from '../model/config.js';
+import type { RankPlan } from '../model/plan.js';
+import type { WeightForm } from '../model/weights.js';
+import { float, GraphBuilder, int, MICROSOFT, type Graph } from './graph-builder.js';
+import { elementType, type ElementType } from './ort.js';
+
+const { float32, uint8, int32, int64 } = elementType;
+
+/** What all graphs of a rank on a device have in common. */
+export interface DeviceShape {
+  readonly config: LlamaConfig;
+  readonly plan: RankPlan;
+  /** Of activations and dense weights. */
+  readonly activations: ElementType;
+  /** Of keys and values, and of what attention computes with. */
+  readonly attention: ElementType;
+  /** Of partials: float32 where they leave the device. */
+  readonly partials: ElementType;
+  /** Products with transposed weights in one node, which WebGPU lacks. */
+  readonly hasFusedProducts: boolean;
+}
+
+/** A matrix among a graph's inputs. */
+export interface MatrixShape {
+  readonly form: WeightForm;
+  readonly outputs: number;
+  readonly inputs: number;
+}
+
+/** `slots`: neighbouring slots with one row each. `rows`: one slot with any number of rows. */
+export type GroupKind = 'slots' | 'rows';
+
+class DeviceGraphBuilder extends GraphBuilder {
+  readonly #shape: DeviceShape;
+
+  constructor(shape: DeviceShape) {
+    super();
+    this.#shape = shape;
+  }
+
+  /** y = x · Wᵀ, of weights that are inputs `${name}.weight` and, with 4 bits, `.scales` and `.zeros`. */
+  product(x: string, name: string, { form, outputs, inputs }: MatrixShape, y: string): void {
+    const { activations, hasFusedProducts } = this.#shape;
+    if (form.kind === 'int4') {
+      const { block } = form;
+      const blocks = inputs / block;
+      this.input(`${name}.weight`, uint8, [outputs, blocks, block / 2]);
+      this.input(`${name}.scales`, activations, [outputs * blocks]);
+      this.input(`${name}.zeros`, uint8, [outputs * Math.ceil(blocks / 2)]);
+      this.node(
+        'MatMulNBits',
+        [x, `${name}.weight`, `${name}.scales`, `${name}.zeros`],
+        [y],
+        [int('K', inputs), int('N', outputs), int('bits', 4), int('block_size', block)],
+        MICROSOFT,
+      );
+      return;
+    }
+    this.input(`${name}.weight`, activations, [outputs, inputs]);
+    if (hasFusedProducts) {
+      this.node('FusedMatMul', [x, `${name}.weight`], [y], [int('transB', 1)], MICROSOFT);
+      return;
+    }
+    this.reshape(x, [-1, inputs], `${y}.in`);
+    this.node('Gemm', [`${y}.in`, `${name}.weight`], [`${y}.out`], [int('transB', 1)]);
+    this.reshape(`${y}.out`, [1, -1, outputs], y);
+  }
+
+  reshape(x: string, shape: readonly number[], y: string): void {
+    this.node('Reshape', [x, this.integers(`${y}.shape`, shape)], [y]);
+  }
+
+  cast(x: string, from: ElementType, to: ElementType, y: string): string {
+    if (from === to) return x;
+    this.node('Cast', [x], [y], [int('to', to)]);
+    return y;
+  }
+
+  /** Declares the residual stream h and all partials; gives norm(h + Σ partials) as `x`, and the sum as `newH`. */
+  residual(newH: string): void {
+    const { h, partials } = this.residualInputs();
+    this.normed(h, partials, newH);
+  }
+
+  residualInputs(): { h: string; partials: string[] } {
+    const { config, plan, activations, partials } = this.#shape;
+    const shape = [1, 'rows', config.hiddenSize];
+    const h = this.input('h', activations, shape);
+    const names = Array.from({ length: plan.tp }, (_, rank) =>
+      this.input(`partial.${rank}`, partials, shape),
+    );
+    return { h, partials: names };
+  }
+
+  normed(h: string, partials: readonly string[], newH: string): void {
+    const { config, activations, partials: partialType } = this.#shape;
+    const gamma = this.input('gamma', activations, [config.hiddenSize]);
+    const sum = this.sumPartials(partials);
+    const delta = this.cast(sum, partialType, activations, 'delta');
+    this.node(
+      'SkipSimplifiedLayerNormalization',
+      [h, delta, gamma],
+      newH === '' ? ['x'] : ['x', '', '', newH],
+      [float('epsilon', config.normEps)],
+      MICROSOFT,
+    );
+    if (newH !== '') this.output(newH, activations, [1, 'rows', config.hiddenSize]);
+  }
+
+  partialOutput(from: string): void {
+    const { config, activations, partials } = this.#shape;
+    const shape = [1, 'rows', config.hiddenSize];
+    if (activations !== partials) this.node('Cast', [from], ['partial'], [int('to', partials)]);
+    this.output('partial', partials, shape);
+  }
+
+  /** The name that a product has to give what becomes the partial. */
+  get productName(): string {
+    const { activations, partials } = this.#shape;
+    return activations === partials ? 'partial' : 'partial.own';
+  }
+
+  split(x: string, widths: readonly number[], names: readonly string[]): void {
+    this.node('Split', [x, this.integers(`${x}.widths`, widths)], names, [int('axis', -1)]);
+  }
+}
+
+/**
+ * Attention of a layer, over all rows of a step. `groups` says how many runs of GroupQueryAttention there are, and of which
+ * kind; with several, input `groupRows` has the rows of each.
+ */
+export function deviceAttentionGraph(
+  shape: DeviceShape,
+  { qkv, o }: { readonly qkv: MatrixShape; readonly o: MatrixShape },
+  groups: readonly GroupKind[],
+): Graph {
+  const { config, plan, activations, attention } = shape;
+  const { headSize } = config;
+  const graph = new DeviceGraphBuilder(shape);
+  graph.residual('newH');
+  graph.input('positions', int64, [1, 'rows']);
+  graph.input('cos', activations, ['capacity', headSize / 2]);
+  graph.input('sin', activations, ['capacity', headSize / 2]);
+  const heads = { q: plan.queryHeads.count, k: plan.kvHeads.count, v: plan.kvHeads.count };
+  const widths = { q: heads.q * headSize, k: heads.k * headSize, v: heads.v * headSize };
+  graph.product('x', 'qkv', qkv, 'qkv');
+  graph.split('qkv', [widths.q, widths.k, widths.v], ['q.flat', 'k.flat', 'v.flat']);
+  for (const name of ['q', 'k'] as const) {
+    graph.node(
+      'RotaryEmbedding',
+      [`${name}.flat`, 'positions', 'cos', 'sin'],
+      [`${name}.turned`],
+      [int('num_heads', heads[name]), int('interleaved', 0)],
+      MICROSOFT,
+    );
+  }
+  const whole = {
+    q: graph.cast('q.turned', activations, attention, 'q'),
+    k: graph.cast('k.turned', activations, attention, 'k'),
+    v: graph.cast('v.flat', activations, attention, 'v'),
+  };
+  const names = ['q', 'k', 'v'] as const;
+  if (groups.length > 1) {
+    graph.input('groupRows', int64, [groups.length]);
+    for (const name of names) {
+      const parts = groups.map((_, g) => `${name}.${g}`);
+      graph.node('Split', [whole[name], 'groupRows'], parts, [int('axis', 1)]);
+    }
+  }
+  const attended = groups.map((kind, g) => {
+    const rows = names.map((name) => {
+      const part = groups.length > 1 ? `${name}.${g}` : whole[name];
+      if (kind === 'rows') return part;
+      graph.reshape(part, [-1, 1, widths[name]], `${name}.slots.${g}`);
+      return `${name}.slots.${g}`;
+    });
+    return attend(graph, shape, rows, kind, g);
+  });
+  let all = attended[0]!;
+  if (attended.length > 1) {
+    graph.node('Concat', attended, ['attended'], [int('axis', 1)]);
+    all = 'attended';
+  }
+  all = graph.cast(all, attention, activations, 'attended.cast');
+  graph.product(all, 'o', o, graph.productName);
+  graph.partialOutput(graph.productName);
+  return graph.finish();
+}
+
+/** One group's attention; keys and values are bound as inputs and as outputs. */
+function attend(
+  graph: DeviceGraphBuilder,
+  { config, plan, attention }: DeviceShape,
+  rows: readonly string[],
+  kind: GroupKind,
+  g: number,
+): string {
+  const batch = `batch.${g}`;
+  const cache = [batch, plan.kvHeads.count, `capacity.${g}`, config.headSize];
+  for (const name of ['keys', 'values']) graph.input(`${name}.${g}`, attention, cache);
+  graph.input(`lastPositions.${g}`, int32, [batch]);
+  graph.input(`totalLength.${g}`, int32, [1]);
+  const own = ['keys', 'values', 'lastPositions', 'totalLength'].map((name) => `${name}.${g}`);
+  graph.node(
+    'GroupQueryAttention',
+    [...rows, ...own],
+    [`attended.${g}`, `newKeys.${g}`, `newValues.${g}`],
+    [
+      int('num_heads', plan.queryHeads.count),
+      int('kv_num_heads', plan.kvHeads.count),
+      int('do_rotary', 0),
+    ],
+    MICROSOFT,
+  );
+  for (const name of ['newKeys', 'newValues']) graph.output(`${name}.${g}`, attention, cache);
+  if (kind === 'rows') return `attended.${g}`;
+  const width = plan.queryHeads.count * config.headSize;
+  graph.reshape(`attended.${g}`, [1, -1, width], `attended.rows.${g}`);
+  return `attended.rows.${g}`;
+}
+
+/** The feed-forward network of a layer. `gateUp` has gate's rows, then up's. */
+export function deviceFfnGraph(
+  shape: DeviceShape,
+  { gateUp, down }: { readonly gateUp: MatrixShape; readonly down: MatrixShape },
+): Graph {
+  const graph = new DeviceGraphBuilder(shape);
+  graph.residual('newH');
+  graph.product('x', 'gateUp', gateUp, 'gateUp');
+  const { count } = shape.plan.ffn;
+  graph.split('gateUp', [count, count], ['gate', 'up']);
+  // x · sigmoid(x)
+  graph.node('QuickGelu', ['gate'], ['gate.silu'], [float('alpha', 1)], MICROSOFT);
+  graph.node('Mul', ['gate.silu', 'up'], ['gated']);
+  graph.product('gated', 'down', down, graph.productName);
+  graph.partialOutput(graph.productName);
+  return graph.finish();
+}
+
+/**
+ * Of the sampled rows: logits (1, sampled, vocab), the k largest with their places, falling, and
+ * Σ exp(logit − largest), of the logits as they are (`sums`) and divided by the row's temperature (`temperedSums`).
+ */
+export function deviceHeadGraph(shape: DeviceShape, head: MatrixShape): Graph {
+  const { plan, activations } = shape;
+  const graph = new DeviceGraphBuilder(shape);
+  const { h, partials } = graph.residualInputs();
+  graph.input('sampledRows', int64, ['sampled']);
+  graph.input('k', int64, [1]);
+  graph.input('inverseTemperatures', float32, [1, 'sampled', 1]);
+  const [sampledH, ...sampledPartials] = [h, ...partials].map((name) => {
+    graph.node('Gather', [name, 'sampledRows'], [`${name}.sampled`], [int('axis', 1)]);
+    return `${name}.sampled`;
+  });
+  graph.normed(sampledH!, sampledPartials, '');
+  const raw = activations === float32 ? 'logits' : 'logits.raw';
+  graph.product('x', 'head', head, raw);
+  if (raw !== 'logits') graph.node('Cast', [raw], ['logits'], [int('to', float32)]);
+  graph.output('logits', float32, [1, 'sampled', plan.vocab.count]);
+  graph.node('TopK', ['logits', 'k'], ['topLogits', 'topPlaces'], [int('axis', -1)]);
+  graph.output('topLogits', float32, [1, 'sampled', 'k']);
+  graph.output('topPlaces', int64, [1, 'sampled', 'k']);
+  const last = graph.integers('last', [2]);
+  graph.node('ReduceMax', ['logits', last], ['largest']);
+  graph.node('Sub', ['logits', 'largest'], ['below']);
+  graph.node('Mul', ['below', 'inverseTemperatures'], ['tempered']);
+  for (const [from, to] of [
+    ['below', 'sums'],
+    ['tempered', 'temperedSums'],
+  ] as const) {
+    graph.node('Exp', [from], [`${from}.exp`]);
+    graph.node('ReduceSum', [`${from}.exp`, last], [to]);
+    graph.output(to, float32, [1, 'sampled', 1]);
+  }
+  return graph.finish();
+}
+
+/** One row of the logits: input `row` (1), output (1, 1, vocab). */
+export function deviceRowGraph({ plan }: DeviceShape): Graph {
+  const graph = new GraphBuilder();
+  graph.input('logits', float32, [1, 'sampled', plan.vocab.count]);
+  graph.input('row', int64, [1]);
+  graph.node('Gather', ['logits', 'row'], ['picked'], [int('axis', 1)]);
+  graph.output('picked', float32, [1, 1, plan.vocab.count]);
+  return graph.finish();
+}

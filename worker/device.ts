@@ -1,0 +1,66 @@
+/**
+ * What a rank computes on. Two kinds: host memory (`host-device`), and the memory of a device that ONNX Runtime's
+ * IoBinding reaches (`bound-device`).
+ */
+import type { LlamaConfig } from '../model/config.js';
+import type { DeviceKind } from '../model/device-name.js';
+import type { RankPlan } from '../model/plan.js';
+import type { LoadProgress, WeightCache } from '../proto/gen/cluster.js';
+import type { AllReduce } from './all-reduce.js';
+import type { Pass } from './pass.js';
+import type { WeightsOrigin } from './weight-cache.js';
+
+/** What a group asks of a rank's memory. */
+export interface GroupLimits {
+  readonly maxSeqLen: number;
+  readonly maxBatchSize: number;
+  readonly maxStepRows: number;
+}
+
+export interface LoadTerms extends GroupLimits {
+  /** Where weights are kept for the next start; undefined where they are not. */
+  readonly weightCache?: WeightCache | undefined;
+}
+
+/** One rank's slices of the model, loaded; they outlive the groups that use them. */
+export interface LoadedShard {
+  readonly config: LlamaConfig;
+  readonly plan: RankPlan;
+  /** Bytes of weights as held in memory. */
+  readonly weightBytes: number;
+  /** Bytes of slices that were read for it. */
+  readonly bytesRead: number;
+  /** Bytes of the weight cache that it lies in; 0 when it came from the checkpoint. */
+  readonly cachedBytes: number;
+  /** Why it was not kept for the next start; empty where it was, or need not be. */
+  readonly cacheFault: string;
+  /** Bytes that a group's KV cache takes. */
+  kvBytes(limits: GroupLimits): number;
+  /** Reserves what a group needs. @throws CaravanError `out_of_memory`. */
+  openPass(limits: GroupLimits, allReduce: AllReduce): Promise<OpenPass>;
+  release(): void;
+}
+
+export interface OpenPass {
+  readonly pass: Pass;
+  /** No step may be under way. */
+  release(): void;
+}
+
+export interface Device {
+  /** As in --device. */
+  readonly name: string;
+  readonly kind: DeviceKind;
+  /**
+   * Reads a rank's slices and puts them on the device.
+   *
+   * @param terms of the group that they are for: what does not fit is refused before anything is read.
+   * @throws CaravanError `invalid_checkpoint`, `out_of_memory`, or `cancelled` when the signal aborts.
+   */
+  load(
+    origin: WeightsOrigin,
+    terms: LoadTerms,
+    onProgress: (progress: LoadProgress) => void,
+    signal: AbortSignal,
+  ): Promise<LoadedShard>;
+}

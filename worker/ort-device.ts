@@ -1,0 +1,361 @@
+/**
+ * Sessions, tensors and copies on a device, through ONNX Runtime's IoBinding. What a tensor is made of never leaves the
+ * device but by `copyIn` and `copyOut`, which count.
+ *
+ * The same code runs on host memory under another name, which is how it is tested where there is no GPU.
+ */
+import type { Graph } from './graph-builder.js';
+import { GraphBuilder, int } from './graph-builder.js';
+import { elementType, elementTypeOf, Tensor, type ElementType, type Ort } from './ort.js';
+import type { OrtApi } from './ort-api.js';
+import type { TensorArray } from './ort.js';
+import { appendProvider, explain, type Provider } from './ort-provider.js';
+import type { CudaRuntime } from './ort-cuda.js';
+
+/** A tensor in device memory, or a view of one. */
+export interface DeviceTensor {
+  /** The OrtValue. */
+  readonly pointer: bigint;
+  /** The device's address or handle. */
+  readonly address: bigint;
+  readonly type: ElementType;
+  readonly shape: readonly number[];
+}
+
+/** Bytes that crossed between host and device since the start, and the time that was spent on it. */
+export interface Traffic {
+  toDevice: number;
+  toHost: number;
+  ms: number;
+}
+
+/** A copy that is made again and again between the same two tensors. */
+export interface Copy {
+  run(): void;
+  release(): void;
+}
+
+const bytesOf: Readonly<Record<ElementType, number>> = {
+  [elementType.float32]: 4,
+  [elementType.uint8]: 1,
+  [elementType.int8]: 1,
+  [elementType.int32]: 4,
+  [elementType.int64]: 8,
+  [elementType.float16]: 2,
+};
+
+export const elementCount = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
+export const tensorBytes = (type: ElementType, shape: readonly number[]): number =>
+  bytesOf[type] * elementCount(shape);
+
+/** One loaded graph whose inputs and outputs are bound once and computed many times. */
+export class DeviceSession {
+  readonly inputs: readonly string[];
+  readonly #device: OrtDevice;
+  readonly #pointer: bigint;
+  readonly #outputs: readonly string[];
+
+  constructor(device: OrtDevice, pointer: bigint, { inputs, outputs }: Graph) {
+    this.#device = device;
+    this.#pointer = pointer;
+    this.inputs = inputs;
+    this.#outputs = outputs;
+  }
+
+  get pointer(): bigint {
+    return this.#pointer;
+  }
+
+  /**
+   * Binds every input and output by name. Tensors in host memory that the device's kernels read on the device are
+   * copied here, once.
+   */
+  bind(values: ReadonlyMap<string, { readonly pointer: bigint }>): BoundRun {
+    const { api } = this.#device;
+    const binding = api.create('CreateIoBinding', this.#pointer);
+    const valueOf = (name: string): bigint => {
+      const value = values.get(name);
+      if (value === undefined) throw new Error(`${name} is not bound`);
+      return value.pointer;
+    };
+    for (const name of this.inputs) api.check(api.native.BindInput(binding, name, valueOf(name)));
+    for (const name of this.#outputs)
+      api.check(api.native.BindOutput(binding, name, valueOf(name)));
+    return new BoundRun(this.#device, this.#pointer, binding);
+  }
+
+  release(): void {
+    this.#device.api.native.ReleaseSession(this.#pointer);
+  }
+}
+
+/** A session with all of its inputs and outputs in place. */
+export class BoundRun {
+  readonly #device: OrtDevice;
+  readonly #session: bigint;
+  readonly #binding: bigint;
+
+  constructor(device: OrtDevice, session: bigint, binding: bigint) {
+    this.#device = device;
+    this.#session = session;
+    this.#binding = binding;
+  }
+
+  /** Computes; the device may still be at it when this returns. */
+  run(): void {
+    const { api, runOptions } = this.#device;
+    api.check(api.native.RunWithBinding(this.#session, runOptions, this.#binding));
+  }
+
+  /** Binds an input again: what lies in host memory is copied now. */
+  rebind(name: string, value: { readonly pointer: bigint }): void {
+    const { api } = this.#device;
+    api.check(api.native.BindInput(this.#binding, name, value.pointer));
+  }
+
+  synchronize(): void {
+    const { api } = this.#device;
+    api.check(api.native.SynchronizeBoundOutputs(this.#binding));
+  }
+
+  release(): void {
+    this.#device.api.native.ReleaseIoBinding(this.#binding);
+  }
+}
+
+export class OrtDevice {
+  readonly provider: Provider;
+  readonly traffic: Traffic = { toDevice: 0, toHost: 0, ms: 0 };
+  readonly runOptions: bigint;
+  readonly #ort: Ort;
+  readonly #options: bigint;
+  readonly #memory: bigint;
+  readonly #allocator: bigint;
+  readonly #cuda: CudaRuntime | null;
+  /** The memory of tensors that are no views. */
+  readonly #owners = new WeakMap<DeviceTensor, bigint>();
+  /** By source and target type: copies, or conversions, of any length. */
+  readonly #copiers = new Map<string, DeviceSession>();
+
+  /** @throws CaravanError `bad_usage` when the device is not there, saying how to mend it. */
+  constructor(ort: Ort, provider: Provider, cuda: CudaRuntime | null = null) {
+    const { api } = ort;
+    this.#ort = ort;
+    this.provider = provider;
+    this.#cuda = cuda;
+    this.#options = api.create('CloneSessionOptions', ort.options);
+    appendProvider(api, this.#options, provider);
+    this.runOptions = api.create('CreateRunOptions');
+    if (cuda !== null) {
+      // All sessions share our stream: what is needed on the host is waited for there.
+      const key = 'disable_synchronize_execution_providers';
+      api.check(api.native.AddRunConfigEntry(this.runOptions, key, '1'));
+    }
+    try {
+      const { name, id } = provider.memory;
+      const isHost = provider.device.kind === 'cpu';
+      this.#memory = isHost ? ort.hostMemory : api.create('CreateMemoryInfo', name, 0, id, 0);
+      const { float32 } = elementType;
+      const copier = this.#copier(float32, float32);
+      this.#allocator = api.create('CreateAllocator', copier.pointer, this.#memory);
+    } catch (cause) {
+      throw explain(provider.device, cause);
+    }
+  }
+
+  get api(): OrtApi {
+    return this.#ort.api;
+  }
+
+  session(graph: Graph): DeviceSession {
+    const { env } = this.#ort;
+    const args = [env, graph.model, graph.model.byteLength, this.#options];
+    return new DeviceSession(this, this.api.create('CreateSessionFromArray', ...args), graph);
+  }
+
+  /** Memory on the device. @throws CaravanError `internal` in the runtime's words when there is none. */
+  allocate(type: ElementType, shape: readonly number[]): DeviceTensor {
+    // Copies go by words of 4 bytes.
+    const words = Math.max(1, Math.ceil(tensorBytes(type, shape) / 4));
+    const whole = this.api.create(
+      'CreateTensorAsOrtValue',
+      this.#allocator,
+      BigInt64Array.of(BigInt(words)),
+      1,
+      elementType.int32,
+    );
+    const address = this.api.create('GetTensorMutableData', whole);
+    const view = this.#tensorAt(address, type, shape);
+    this.#owners.set(view, whole);
+    return view;
+  }
+
+  /** As `allocate`; where memory is not cleared by the device itself, it is here: no kernel may meet NaNs in it. */
+  allocateZeros(type: ElementType, shape: readonly number[]): DeviceTensor {
+    const tensor = this.allocate(type, shape);
+    this.#cuda?.clear(tensor.address, tensorBytes(type, shape));
+    return tensor;
+  }
+
+  /** Another shape or type over a tensor's memory, from a byte on. */
+  view(
+    base: DeviceTensor,
+    shape: readonly number[],
+    type = base.type,
+    byteOffset = 0,
+  ): DeviceTensor {
+    if (byteOffset > 0 && !this.provider.hasOffsets) throw new Error('handles have no offsets');
+    return this.#tensorAt(base.address + BigInt(byteOffset), type, shape);
+  }
+
+  /** A tensor over our own array. */
+  host(array: TensorArray, shape: readonly number[]): Tensor {
+    return this.#ort.tensor(array, shape);
+  }
+
+  release(...tensors: readonly DeviceTensor[]): void {
+    for (const tensor of tensors) {
+      this.api.native.ReleaseValue(tensor.pointer);
+      const owner = this.#owners.get(tensor);
+      if (owner !== undefined) this.api.native.ReleaseValue(owner);
+      this.#owners.delete(tensor);
+    }
+  }
+
+  /** A new tensor with these contents, as `type`: float32 becomes float16 on the device. */
+  upload(array: TensorArray, shape: readonly number[], type = elementTypeOf(array)): DeviceTensor {
+    const target = this.allocate(type, shape);
+    const copy = this.copyIn(padded(array), target);
+    try {
+      copy.run();
+      this.synchronize();
+    } finally {
+      copy.release();
+    }
+    return target;
+  }
+
+  /** Copies an array to a tensor, as often as it is run. The array must stay as it is until the device has it. */
+  copyIn(array: TensorArray, target: DeviceTensor): Copy {
+    const isConverted = elementTypeOf(array) !== target.type;
+    const byteCount = array.byteLength;
+    if (this.#cuda !== null && !isConverted) {
+      return this.#timed(this.#cuda.copyIn(array, target.address), 'toDevice', byteCount);
+    }
+    const { session, host, device } = this.#ends(array, target, isConverted ? target.type : null);
+    const values = new Map<string, { readonly pointer: bigint }>([
+      ['source', host],
+      ['target', device],
+    ]);
+    const bound = session.bind(values);
+    const run = (): void => {
+      bound.rebind('source', host);
+      bound.run();
+    };
+    return this.#timed(
+      { run, release: releaseAll(this, bound, host, device) },
+      'toDevice',
+      byteCount,
+    );
+  }
+
+  /** Copies a tensor to an array, which is whole when `run` returns. */
+  copyOut(source: DeviceTensor, array: TensorArray): Copy {
+    const byteCount = array.byteLength;
+    if (this.#cuda !== null) {
+      return this.#timed(this.#cuda.copyOut(source.address, array), 'toHost', byteCount);
+    }
+    const { session, host, device } = this.#ends(array, source, null);
+    const bound = session.bind(
+      new Map<string, { readonly pointer: bigint }>([
+        ['source', device],
+        ['target', host],
+      ]),
+    );
+    const run = (): void => {
+      bound.run();
+      bound.synchronize();
+    };
+    return this.#timed(
+      { run, release: releaseAll(this, bound, host, device) },
+      'toHost',
+      byteCount,
+    );
+  }
+
+  /** Waits until the device has done everything. */
+  synchronize(): void {
+    this.#cuda?.synchronize();
+  }
+
+  #tensorAt(address: bigint, type: ElementType, shape: readonly number[]): DeviceTensor {
+    const pointer = this.api.create(
+      'CreateTensorWithDataAsOrtValue',
+      this.#memory,
+      address,
+      tensorBytes(type, shape),
+      BigInt64Array.from(shape, BigInt),
+      shape.length,
+      type,
+    );
+    return { pointer, address, type, shape };
+  }
+
+  /** Both ends of a copy as flat tensors: of 4-byte words, or of the array's own type when it is converted. */
+  #ends(array: TensorArray, tensor: DeviceTensor, converted: ElementType | null) {
+    const { int32 } = elementType;
+    const words = new Int32Array(array.buffer, array.byteOffset, array.byteLength / 4);
+    const host =
+      converted === null ? this.host(words, [words.length]) : this.host(array, [array.length]);
+    const shape = [converted === null ? words.length : array.length];
+    const device = this.view(tensor, shape, converted ?? int32);
+    const session = this.#copier(
+      converted === null ? int32 : elementTypeOf(array),
+      converted ?? int32,
+    );
+    return { session, host, device };
+  }
+
+  #copier(from: ElementType, to: ElementType): DeviceSession {
+    const key = `${from} ${to}`;
+    let session = this.#copiers.get(key);
+    if (session === undefined) {
+      const graph = new GraphBuilder();
+      graph.input('source', from, ['count']);
+      if (from === to) graph.node('Identity', ['source'], ['target']);
+      else graph.node('Cast', ['source'], ['target'], [int('to', to)]);
+      graph.output('target', to, ['count']);
+      session = this.session(graph.finish());
+      this.#copiers.set(key, session);
+    }
+    return session;
+  }
+
+  #timed(copy: Copy, direction: 'toDevice' | 'toHost', byteCount: number): Copy {
+    const { traffic } = this;
+    return {
+      run: () => {
+        const startMs = performance.now();
+        copy.run();
+        traffic.ms += performance.now() - startMs;
+        traffic[direction] += byteCount;
+      },
+      release: copy.release.bind(copy),
+    };
+  }
+}
+
+const releaseAll =
+  (device: OrtDevice, bound: BoundRun, host: Tensor, tensor: DeviceTensor) => (): void => {
+    bound.release();
+    host.release();
+    device.release(tensor);
+  };
+
+/** The array, or a copy that ends at a whole word. */
+function padded(array: TensorArray): TensorArray {
+  if (array.byteLength % 4 === 0 && array.byteOffset % 4 === 0) return array;
+  const bytes = new Uint8Array(4 * Math.ceil(array.byteLength / 4));
+  bytes.set(new Uint8Array(array.buffer, array.byteOffset, array.byteLength));
+  return bytes;
+}
