@@ -20,6 +20,7 @@ import { jobSizeOf } from './queue-order.js';
 import type { Asked } from './openai.js';
 import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
 import type { Ending, Request, Usage } from './request.js';
+import type { WebhookIntake } from './webhook-intake.js';
 
 /** What happens to an answer. */
 export type AnswerEvent =
@@ -27,12 +28,16 @@ export type AnswerEvent =
   /** Every sequence has finished. */
   | { readonly kind: 'completed'; readonly usage: Usage };
 
+/** Redis has it on its disk after a second, unless that is busy. */
+const UNWRITTEN_MS = 5_000;
+
 export class Answers {
   readonly #redisUrl: string;
   readonly #journal: Journal;
   readonly #metrics: GatewayMetrics;
   readonly #queues = new Map<string, JobQueue>();
   readonly #awaited: AwaitedJobs;
+  readonly #webhooks: WebhookIntake | null;
   readonly #onError: (error: Error) => void;
 
   constructor(
@@ -40,12 +45,18 @@ export class Answers {
     journal: Journal,
     metrics: GatewayMetrics,
     onError: (error: Error) => void,
+    webhooks: WebhookIntake | null = null,
   ) {
     this.#redisUrl = redisUrl;
     this.#journal = journal;
     this.#metrics = metrics;
     this.#onError = onError;
-    this.#awaited = new AwaitedJobs(journal, (model) => this.queueOf(model), onError);
+    this.#webhooks = webhooks;
+    this.#awaited = new AwaitedJobs(journal, {
+      has: (id, model) => this.queueOf(model).has(id),
+      submit: (id, job) => this.submit(job, id),
+      onError,
+    });
   }
 
   queueOf(model: string): JobQueue {
@@ -64,6 +75,8 @@ export class Answers {
    * @throws CaravanError `redis_unavailable`.
    */
   async submit({ request, terms }: KnownJob, id = newJobId()): Promise<string> {
+    this.#webhooks?.check(terms.webhook);
+    await this.#webhooks?.add(id, terms.webhook);
     const isNew = await this.#journal.create(id, request, terms);
     try {
       await this.queueOf(request.model).submit(id, terms, jobSizeOf(request));
@@ -188,6 +201,12 @@ export class Answers {
       else choice.finish(event.finishReason, event.text);
     }
     throw new CaravanError('internal', `the journal of ${head.jobId} ended without an ending`);
+  }
+
+  /** Nobody waits for a job that was just submitted: what Redis may not have on its disk yet is looked after. */
+  leave(id: string, job: KnownJob): void {
+    const release = this.#awaited.add(id, job);
+    setTimeout(release, UNWRITTEN_MS).unref();
   }
 
   /** Nobody waits for it any more. */

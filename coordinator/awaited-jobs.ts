@@ -5,8 +5,6 @@
  */
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Journal } from './journal.js';
-import type { JobQueue } from './queue.js';
-import { jobSizeOf } from './queue-order.js';
 import type { JobTerms, Request } from './request.js';
 
 /** What is needed to submit a job again. */
@@ -19,25 +17,27 @@ export interface KnownJob {
 const ATTEMPTS = 20;
 const PAUSE_MS = 500;
 
+/** How jobs are submitted. */
+export interface SubmitCalls {
+  /** Whether the queue knows it. */
+  has(id: string, model: string): Promise<boolean>;
+  submit(id: string, job: KnownJob): Promise<unknown>;
+  onError(error: Error): void;
+}
+
 interface Awaited extends KnownJob {
   clientCount: number;
 }
 
 export class AwaitedJobs {
   readonly #journal: Journal;
-  readonly #queueOf: (model: string) => JobQueue;
+  readonly #calls: SubmitCalls;
   readonly #jobs = new Map<string, Awaited>();
   readonly #unlisten: () => void;
-  readonly #onError: (error: Error) => void;
 
-  constructor(
-    journal: Journal,
-    queueOf: (model: string) => JobQueue,
-    onError: (error: Error) => void,
-  ) {
+  constructor(journal: Journal, calls: SubmitCalls) {
     this.#journal = journal;
-    this.#queueOf = queueOf;
-    this.#onError = onError;
+    this.#calls = calls;
     this.#unlisten = journal.onReconnect(() => {
       for (const id of this.#jobs.keys()) void this.#renew(id);
     });
@@ -64,15 +64,15 @@ export class AwaitedJobs {
       const job = this.#jobs.get(id);
       if (job === undefined) return;
       try {
-        const { request, terms } = job;
-        const queue = this.#queueOf(request.model);
-        await this.#journal.create(id, request, terms);
         const record = await this.#journal.job(id);
-        if (record?.ending != null) return;
-        if (!(await queue.has(id))) await queue.submit(id, terms, jobSizeOf(request));
+        if (record !== null) {
+          if (record.ending !== null) return;
+          if (await this.#calls.has(id, record.model)) return;
+        }
+        await this.#calls.submit(id, job);
         return;
       } catch (error) {
-        this.#onError(error as Error);
+        this.#calls.onError(error as Error);
         await delay(PAUSE_MS);
       }
     }

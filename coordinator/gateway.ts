@@ -12,6 +12,10 @@ import { Models } from './models.js';
 import { Backlog } from './queue-backlog.js';
 import { ScalerServer } from './scaler.js';
 import { Store } from './store.js';
+import { WebhookRecords } from './store-webhooks.js';
+import { WebhookIntake } from './webhook-intake.js';
+import { WebhookPolicy } from './webhook-target.js';
+import { Webhooks } from './webhooks.js';
 import { RedisWatch } from './store-watch.js';
 import { ResponseRecords } from './store-responses.js';
 import { BatchRecords } from './store-batches.js';
@@ -29,6 +33,10 @@ export interface GatewayOptions {
   readonly storage: FileStorage;
   readonly fileLimits: FileLimits;
   readonly batchLimits: BatchLimits;
+  /** Signs webhooks; left out, there are none. */
+  readonly webhookSecret?: string | undefined;
+  /** Hosts, addresses and ranges that webhooks may call beside the public internet. */
+  readonly webhookAllow?: readonly string[] | undefined;
   /** Called once, with the address that is served, and the scaler's port. */
   readonly onReady: (url: string, scalerPort: number | null) => void;
 }
@@ -55,7 +63,11 @@ export async function runGateway(
   const store = await Store.open(redisUrl, 'impatient', onRedisError);
   const journal = await Journal.open(redisUrl, 'impatient', onRedisError);
   const metrics = new GatewayMetrics();
-  const answers = new Answers(redisUrl, journal, metrics, onRedisError);
+  const webhookRecords = await WebhookRecords.open(redisUrl, 'impatient', onRedisError);
+  const { webhookSecret: secret } = options;
+  const policy = secret === undefined ? null : new WebhookPolicy(options.webhookAllow ?? []);
+  const intake = new WebhookIntake(webhookRecords, policy);
+  const answers = new Answers(redisUrl, journal, metrics, onRedisError, intake);
   const models = new Models(store);
   const fileRecords = await FileRecords.open(redisUrl, 'impatient', onRedisError);
   const batchRecords = await BatchRecords.open(redisUrl, 'impatient', onRedisError);
@@ -67,9 +79,16 @@ export async function runGateway(
   const batchNeeds = { records: batchRecords, files, models, journal, answers };
   const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
   const routes = { store, journal, answers, models, metrics, work, redis, stopping };
-  const app = createHttpServer({ ...routes, responses, files, batches, batchRecords }, log);
+  const app = createHttpServer(
+    { ...routes, responses, files, batches, batchRecords, webhooks: intake },
+    log,
+  );
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
+  let runningWebhooks: Promise<void> | null = null;
+  const sending = { records: webhookRecords, journal, batchRecords, log };
+  const sender =
+    secret === undefined || policy === null ? null : new Webhooks({ ...sending, secret, policy });
   const scaler = scalerPort === undefined ? null : new ScalerServer(work);
   try {
     const boundScalerPort = (await scaler?.listen(host, scalerPort!)) ?? null;
@@ -77,10 +96,13 @@ export async function runGateway(
     log.info({ url }, 'serving');
     onReady(url, boundScalerPort);
     runningBatches = batches.run(over);
+    runningWebhooks = sender?.run(over) ?? null;
     await aborted(over);
     await app.close();
   } finally {
     await runningBatches;
+    await runningWebhooks;
+    webhookRecords.close();
     scaler?.close();
     redis.close();
     backlog.close();

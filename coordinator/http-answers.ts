@@ -12,6 +12,7 @@ import type { Models } from './models.js';
 import { modelNameOf } from './openai.js';
 import { chunkBody, errorBody, usageChunkBody, type AnswerHead } from './openai-answer.js';
 import { endpoints } from './openai-endpoints.js';
+import { jobBody } from './openai-job.js';
 import { eventsQuery } from './openai-events.js';
 import { parseBody } from './openai-refusal.js';
 
@@ -40,7 +41,15 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const head = { kind, jobId, createdS, tokenizer, request: job.request, known };
       void reply.header('x-caravan-job', jobId);
       // Whoever can ask again with the same key has not given up when his connection breaks.
-      const answer = new Answer(routes, reply, head, startMs, { isOwner: key === null });
+      const isTold = job.terms.webhook !== undefined;
+      if (isTold && !asked.isStream) {
+        routes.answers.leave(jobId, known);
+        void reply.status(202);
+        const record = await routes.journal.job(jobId);
+        return jobBody(record ?? { ...known, ...unstarted(jobId, job.request.model) });
+      }
+      const isOwner = key === null && !isTold;
+      const answer = new Answer(routes, reply, head, startMs, { isOwner });
       return asked.isStream ? answer.stream(reply, asked.includesUsage, null) : answer.whole();
     });
   }
@@ -68,6 +77,10 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
     return answer.stream(reply, query.usage, position);
   });
 }
+
+/** A job that Redis has just lost, and will be told again. */
+const unstarted = (id: string, model: string) =>
+  ({ id, model, status: 'waiting', createdMs: Date.now(), ending: null }) as const;
 
 /** Where a client stands in a sequence: tokens that it has, and how much of the end (see #sendFinish). */
 interface Position {

@@ -4,14 +4,24 @@ import { CaravanError } from '../proto/errors.js';
 import type { Batches } from './batches.js';
 import { batchBody, listBody, parseBatch, parseBatchList } from './openai-batch.js';
 import type { BatchRecords } from './store-batches.js';
+import type { WebhookIntake } from './webhook-intake.js';
 
 export interface BatchRoutes {
   readonly batches: Batches;
   readonly batchRecords: BatchRecords;
+  readonly webhooks: WebhookIntake;
 }
 
-export function addBatchRoutes(app: FastifyInstance, { batches, batchRecords }: BatchRoutes): void {
-  app.post('/v1/batches', async ({ body }) => batchBody(await batches.create(parseBatch(body))));
+export function addBatchRoutes(
+  app: FastifyInstance,
+  { batches, batchRecords, webhooks }: BatchRoutes,
+): void {
+  app.post('/v1/batches', async ({ body }) => {
+    const { order, webhook } = parseBatch(body);
+    webhooks.check(webhook);
+    await webhooks.add(order.id, webhook);
+    return batchBody(await batches.create(order));
+  });
 
   app.get('/v1/batches', async ({ query }) => {
     const { after, limit } = parseBatchList(query);

@@ -3,7 +3,7 @@ import type { FastifyInstance } from 'fastify';
 import { CaravanError } from '../proto/errors.js';
 import type { Answers } from './answers.js';
 import type { Journal, JobRecord } from './journal.js';
-import { usageBody } from './openai-answer.js';
+import { jobBody } from './openai-job.js';
 
 export interface JobRoutes {
   readonly journal: Journal;
@@ -24,20 +24,4 @@ export function addJobRoutes(app: FastifyInstance, { journal, answers }: JobRout
     await answers.cancel(id, model);
     return jobBody(await find(id));
   });
-}
-
-export function jobBody({ id, status, model, createdMs, terms, ending }: JobRecord) {
-  const { priority, deadlineMs } = terms;
-  return {
-    id,
-    object: 'job',
-    status,
-    model,
-    created_at: Math.floor(createdMs / 1000),
-    priority,
-    deadline_at: deadlineMs === null ? null : Math.floor(deadlineMs / 1000),
-    finish_reason: ending?.status === 'completed' ? ending.finishReason : null,
-    usage: ending?.status === 'completed' ? usageBody(ending.usage) : null,
-    error: ending?.status === 'failed' ? { code: ending.code, message: ending.message } : null,
-  };
 }

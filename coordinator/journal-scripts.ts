@@ -23,6 +23,8 @@
  *   alone, step  fence of the take that began to run alone, and the last step that it began
  */
 
+/** Names jobs that have ended and are to be told by a webhook. */
+export const WEBHOOK_CHANNEL = 'caravan:webhook';
 /** Deaths after which a job runs alone. */
 export const ALONE_FROM = 2;
 
@@ -95,6 +97,13 @@ local function writeEnding(count, ending, text)
     elseif i == 1 then
       redis.call('XADD', KEYS[2], offset .. '-2', 'ending', ending, 'text', '')
     end
+  end
+end
+-- Whoever is to be told by a webhook is told soon; a lost message costs some seconds.
+local function tellWebhook()
+  local terms = redis.call('HGET', KEYS[1], 'terms')
+  if terms and string.find(terms, '"webhook":', 1, true) then
+    redis.call('PUBLISH', '${WEBHOOK_CHANNEL}', string.match(KEYS[1], '{(.*)}'))
   end
 end
 local function expireAll(seconds)
@@ -170,6 +179,7 @@ writeEnding(count, ARGV[3], ARGV[4])
 redis.call('HSET', KEYS[1], 'status', ARGV[2], 'ending', ARGV[3])
 expireAll(ARGV[5])
 redis.call('PUBLISH', ARGV[6], '')
+tellWebhook()
 return {'ended'}`;
 
 /** KEYS job; ARGV model, request, terms, createdMs, fence. Writes down a job that Redis lost. */
@@ -205,4 +215,5 @@ writeEnding(tonumber(ARGV[4]), ARGV[1], '')
 redis.call('HSET', KEYS[1], 'status', 'cancelled', 'ending', ARGV[1])
 expireAll(ARGV[2])
 redis.call('PUBLISH', ARGV[3], '')
+tellWebhook()
 return 'cancelled'`;

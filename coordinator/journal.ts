@@ -17,6 +17,7 @@ import {
   releaseScript,
   restoreScript,
   stepScript,
+  WEBHOOK_CHANNEL,
   takeScript,
 } from './journal-scripts.js';
 import { sequenceCount } from './job-sequences.js';
@@ -260,6 +261,11 @@ export class Journal extends JournalReader {
   /** Hears of cancellations; an empty id means that some may have been missed. @returns how to stop. */
   onCancel(listener: (id: string) => void): () => void {
     return this.channels.listen(CANCEL_CHANNEL, listener);
+  }
+
+  /** Hears of jobs that have ended and have a webhook; an empty id means that some may have been missed. */
+  onWebhookDue(listener: (id: string) => void): () => void {
+    return this.channels.listen(WEBHOOK_CHANNEL, listener);
   }
 
   close(): void {

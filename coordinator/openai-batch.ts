@@ -2,6 +2,7 @@
 import { z } from 'zod';
 import { errorTable, type CaravanError } from '../proto/errors.js';
 import type { BatchMoment, BatchOrder, BatchState } from './batch.js';
+import { webhookField } from './openai.js';
 import { endpoints } from './openai-endpoints.js';
 import { errorBody } from './openai-answer.js';
 import { parseBody, refuse } from './openai-refusal.js';
@@ -28,17 +29,18 @@ export const batchOrderBody = z.object({
     })
     .nullish(),
   output_expires_after: expiresAfter.nullish(),
+  webhook: webhookField.nullish(),
 });
 
 /** POST /v1/batches. @throws CaravanError `invalid_request` with the field as `param`. */
-export function parseBatch(body: unknown): BatchOrder {
+export function parseBatch(body: unknown): { order: BatchOrder; webhook: { url: string } | null } {
   const parsed = parseBody(batchOrderBody, body);
   if (!Object.hasOwn(endpoints, parsed.endpoint)) {
     const served = Object.keys(endpoints).join(', ');
     refuse('endpoint', `must be one of ${served}, got ${JSON.stringify(parsed.endpoint)}`);
   }
   const createdMs = Date.now();
-  return {
+  const order: BatchOrder = {
     version: 1,
     id: newBatchId(),
     inputFileId: parsed.input_file_id,
@@ -49,6 +51,7 @@ export function parseBatch(body: unknown): BatchOrder {
     metadata: parsed.metadata ?? null,
     resultsKeptS: parsed.output_expires_after?.seconds ?? DEFAULT_KEPT_S,
   };
+  return { order, webhook: parsed.webhook ?? null };
 }
 
 const UNIT_S: Readonly<Record<string, number>> = { s: 1, m: 60, h: 3600, d: 24 * 3600 };

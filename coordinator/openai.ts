@@ -55,6 +55,9 @@ const maybe = <T extends z.ZodType>(schema: T) => schema.nullish();
 
 const stopText = z.string().min(1).max(MAX_STOP_CHARACTERS);
 
+/** Who is told of the end; of batches too. */
+export const webhookField = z.object({ url: z.string() });
+
 const common = {
   ...shapeFields,
   model: maybe(z.string()),
@@ -79,6 +82,7 @@ const common = {
   user: maybe(z.string()),
   priority: maybe(z.number().int().min(1).max(1000)),
   deadline_s: maybe(z.number().gt(0).max(31_536_000)),
+  webhook: maybe(webhookField),
 };
 
 const textPart = z.object({ type: z.literal('text'), text: z.string() });
@@ -279,6 +283,7 @@ function finish(
     terms: {
       priority: body.priority ?? DEFAULT_PRIORITY,
       deadlineMs: body.deadline_s == null ? null : Date.now() + 1000 * body.deadline_s,
+      ...(body.webhook == null ? {} : { webhook: body.webhook }),
     },
     isStream: body.stream ?? false,
     includesUsage: body.stream_options?.include_usage ?? false,

@@ -89,6 +89,8 @@ export interface JobTerms {
   readonly weight?: number;
   /** Unix time in milliseconds at which it must start, where its deadline was promised. */
   readonly latestStartMs?: number;
+  /** Who is told of the job's end; left out where nobody is. */
+  readonly webhook?: { readonly url: string };
   /** What the job's idempotency key stands for; left out where its request had none. */
   readonly fingerprint?: string;
 }

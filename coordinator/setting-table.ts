@@ -16,6 +16,18 @@ import {
   text,
   whole,
 } from './setting.js';
+import { WebhookPolicy } from './webhook-target.js';
+
+const hosts = z.preprocess(
+  (value) => (typeof value === 'string' ? value.split(',') : value),
+  z.array(text).refine((entries) => {
+    try {
+      return new WebhookPolicy(entries) instanceof WebhookPolicy;
+    } catch {
+      return false;
+    }
+  }),
+) as unknown as z.ZodType<readonly string[]>;
 
 /** Every setting that more than one command or process shares. */
 export const settingTable = {
@@ -172,6 +184,19 @@ export const settingTable = {
     description: 'most requests of batches that a gateway has in the queue at once',
     rule: 'a whole number from 1 to 10000',
     schema: whole(1, 10_000),
+  }),
+  webhookSecret: optional({
+    argument: '<secret>',
+    description: 'signs webhooks, whsec_… or any text; without it there are none',
+    rule: 'at least 16 characters without spaces, whsec_ before base64',
+    schema: z.string().regex(/^(whsec_[A-Za-z0-9+/]{22,}={0,2}|(?!whsec_)[\x21-\x7e]{16,})$/),
+  }),
+  webhookAllow: defaulted<readonly string[]>([], {
+    argument: '<hosts>',
+    description:
+      'hosts, addresses and ranges that webhooks may call beside the public internet, by comma',
+    rule: 'host names, addresses and ranges such as 10.0.0.0/8, separated by commas',
+    schema: hosts,
   }),
   logLevel: defaulted('info', {
     argument: '<level>',

@@ -22,7 +22,7 @@ interface Chunk {
 }
 
 /** Nothing helps a client that waits for longer. */
-const PATIENCE_MS = 100_000;
+const PATIENCE_MS = 300_000;
 const PAUSE_MS = 60;
 /** Answers that a client should ask again after. */
 const passing = new Set([408, 429, 500, 502, 503, 504]);

@@ -13,12 +13,22 @@ export function register(program: Command): void {
     .description('Runs the HTTP front: an OpenAI-compatible API over the queue.');
   const settings = declareSettings(
     command,
-    ['redis', 'host', 'port', 'scalerPort', 'drainTimeout', ...fileSettingNames, 'logLevel'],
+    [
+      'redis',
+      'host',
+      'port',
+      'scalerPort',
+      'drainTimeout',
+      ...fileSettingNames,
+      'webhookSecret',
+      'webhookAllow',
+      'logLevel',
+    ],
     { required: ['redis'] },
   );
   command.action(async () => {
     const s = settings();
-    const { redis, host, port, scalerPort, logLevel } = s;
+    const { redis, host, port, scalerPort, webhookSecret, webhookAllow, logLevel } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
     const limits = await fileSettings(s, folder);
     const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
@@ -27,7 +37,7 @@ export function register(program: Command): void {
     };
     const log = openLog('gateway', logLevel);
     await runGateway(
-      { redisUrl: redis, host, port, scalerPort, ...limits, onReady },
+      { redisUrl: redis, host, port, scalerPort, webhookSecret, webhookAllow, ...limits, onReady },
       draining,
       stopping,
       log,

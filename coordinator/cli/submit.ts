@@ -1,6 +1,7 @@
 /** `caravan submit`: adds one job to the queue. */
 import { randomInt } from 'node:crypto';
 import type { Command } from 'commander';
+import { z } from 'zod';
 import { Answers } from '../answers.js';
 import { Journal } from '../journal.js';
 import { GatewayMetrics } from '../metrics.js';
@@ -9,12 +10,19 @@ import { parseChat, parseCompletion } from '../openai.js';
 import { readMessages } from '../prompt.js';
 import { Store } from '../store.js';
 import { EMBEDDED_MODEL } from '../package-root.js';
-import { declareSettings } from './options.js';
+import { WebhookRecords } from '../store-webhooks.js';
+import { WebhookIntake } from '../webhook-intake.js';
+import { checked, declareSettings } from './options.js';
 
 export function register(program: Command): void {
   const command = program
     .command('submit')
-    .description('Adds one job to the queue; `caravan result ID` waits for its end.');
+    .description('Adds one job to the queue; `caravan result ID` waits for its end.')
+    .option(
+      '--webhook <url>',
+      'address that a gateway tells when the job has ended',
+      checked(z.url({ protocol: /^https?$/ }), 'an http:// or https:// URL'),
+    );
   const settings = declareSettings(
     command,
     [
@@ -37,9 +45,14 @@ export function register(program: Command): void {
   );
   command.action(async () => {
     const s = settings();
+    const { webhook } = command.opts<{ webhook?: string }>();
     const store = await Store.open(s.redis, 'impatient');
     const journal = await Journal.open(s.redis, 'impatient');
-    const answers = new Answers(s.redis, journal, new GatewayMetrics(), () => undefined);
+    const records = await WebhookRecords.open(s.redis, 'impatient');
+    // What may be called is the gateway's to say.
+    const intake = new WebhookIntake(records, { check: () => undefined });
+    const ignore = (): void => undefined;
+    const answers = new Answers(s.redis, journal, new GatewayMetrics(), ignore, intake);
     try {
       const models = new Models(store);
       // The default names the embedded model; where it is not served, the only card there is.
@@ -56,6 +69,7 @@ export function register(program: Command): void {
         ignore_eos: s.ignoreEos,
         priority: s.priority,
         deadline_s: s.deadline,
+        ...(webhook === undefined ? {} : { webhook: { url: webhook } }),
       };
       const asked =
         s.chat === undefined
@@ -65,6 +79,7 @@ export function register(program: Command): void {
       process.stdout.write(s.json ? `${JSON.stringify({ id })}\n` : `${id}\n`);
     } finally {
       await answers.close();
+      records.close();
       journal.close();
       store.close();
     }

@@ -37,6 +37,8 @@ const settingNames = [
   'redis',
   'stateDir',
   ...fileSettingNames,
+  'webhookSecret',
+  'webhookAllow',
   'logLevel',
 ] as const;
 
@@ -152,6 +154,8 @@ class Caravan {
     for (const name of fileSettingNames) {
       gatewayArgs.push(flagOf(name), String(name === 'files' ? (s.files ?? folder) : s[name]));
     }
+    gatewayArgs.push(...optional('webhookSecret', s.webhookSecret));
+    if (s.webhookAllow.length > 0) gatewayArgs.push('--webhook-allow', s.webhookAllow.join(','));
     this.#gateway = this.#supervise(nodeChild('gateway', cliEntry, gatewayArgs));
     const serving = this.#coordinator.start().finally(() => {
       bars.end();
@@ -216,6 +220,6 @@ class Caravan {
 }
 
 const optional = (
-  name: 'maxSeqLen' | 'servedModelName' | 'weightCache',
+  name: 'maxSeqLen' | 'servedModelName' | 'weightCache' | 'webhookSecret',
   value: string | number | undefined,
 ): string[] => (value === undefined ? [] : [flagOf(name), String(value)]);

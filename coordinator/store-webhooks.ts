@@ -1,0 +1,109 @@
+/**
+ * Events that are to be delivered, and when they are looked at next.
+ *
+ *   caravan:{webhooks}:deliveries   hash: id of the job or batch → delivery, as JSON
+ *   caravan:{webhooks}:due          sorted set: id by the time of the next look, in milliseconds
+ *
+ * A gateway that takes a delivery moves its next look beyond the time that it may need: should it die, another gateway
+ * looks then.
+ */
+import type { Redis } from 'ioredis';
+import { asCall, connectRedis, type Patience } from './store-connection.js';
+
+export interface Delivery {
+  readonly version: 1;
+  /** A job or a batch: what the event will be about. */
+  readonly id: string;
+  readonly url: string;
+  readonly createdMs: number;
+  /** Posts that were not answered with 2xx. */
+  readonly failures: number;
+}
+
+const DELIVERIES = 'caravan:{webhooks}:deliveries';
+const DUE = 'caravan:{webhooks}:due';
+
+/** KEYS deliveries, due; ARGV id, delivery, time of the next look. The first of one id counts. */
+const addScript = `
+if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) == 1 then redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1]) end`;
+
+/** KEYS deliveries, due; ARGV now, time until which they are ours, most. @returns deliveries. */
+const claimScript = `
+local found = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], 0, ARGV[1], 'LIMIT', 0, ARGV[3])) do
+  local delivery = redis.call('HGET', KEYS[1], id)
+  if delivery then
+    redis.call('ZADD', KEYS[2], ARGV[2], id)
+    table.insert(found, delivery)
+  else
+    redis.call('ZREM', KEYS[2], id)
+  end
+end
+return found`;
+
+/** KEYS deliveries, due; ARGV id, delivery, time of the next look. One that is there no more stays away. */
+const postponeScript = `
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])`;
+
+export class WebhookRecords {
+  readonly #url: string;
+  readonly #redis: Redis;
+
+  private constructor(url: string, redis: Redis) {
+    this.#url = url;
+    this.#redis = redis;
+  }
+
+  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
+  static async open(
+    url: string,
+    patience: Patience,
+    onError?: (error: Error) => void,
+  ): Promise<WebhookRecords> {
+    return new WebhookRecords(url, await connectRedis(url, patience, onError));
+  }
+
+  /** Before the job or batch itself: it cannot end unheard. Can be repeated. */
+  async add(id: string, url: string, lookMs: number): Promise<void> {
+    const delivery: Delivery = { version: 1, id, url, createdMs: Date.now(), failures: 0 };
+    await this.#eval(addScript, [id, JSON.stringify(delivery), lookMs]);
+  }
+
+  /** Deliveries that are due; they are the caller's until `untilMs`. */
+  async claim(nowMs: number, untilMs: number, most: number): Promise<Delivery[]> {
+    const texts = (await this.#eval(claimScript, [nowMs, untilMs, most])) as string[];
+    return texts.map((text) => JSON.parse(text) as Delivery);
+  }
+
+  async postpone(delivery: Delivery, lookMs: number): Promise<void> {
+    await this.#eval(postponeScript, [delivery.id, JSON.stringify(delivery), lookMs]);
+  }
+
+  /** What it is about has ended: it is looked at now. */
+  async hurry(id: string): Promise<void> {
+    await this.#call(() => this.#redis.zadd(DUE, 'XX', 'LT', Date.now(), id));
+  }
+
+  async remove(id: string): Promise<void> {
+    await this.#call(() => this.#redis.multi().hdel(DELIVERIES, id).zrem(DUE, id).exec());
+  }
+
+  /** Deliveries that are not done. */
+  async count(): Promise<number> {
+    return this.#call(() => this.#redis.zcard(DUE));
+  }
+
+  close(): void {
+    this.#redis.disconnect();
+  }
+
+  #eval(script: string, args: readonly (string | number)[]): Promise<unknown> {
+    return this.#call(() => this.#redis.eval(script, 2, DELIVERIES, DUE, ...args));
+  }
+
+  #call<T>(call: () => Promise<T>): Promise<T> {
+    return asCall(this.#url, call);
+  }
+}
