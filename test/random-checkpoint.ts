@@ -59,7 +59,7 @@ export function writeRandomCheckpoint(folder: string, checkpoint: RandomCheckpoi
   return byteCount;
 }
 
-const toHuggingFace = (config: LlamaConfig, format: RandomCheckpoint['format']) => ({
+export const toHuggingFace = (config: LlamaConfig, format: RandomCheckpoint['format']) => ({
   architectures: ['LlamaForCausalLM'],
   model_type: 'llama',
   hidden_size: config.hiddenSize,
