@@ -15,7 +15,7 @@ import type { Request } from './request.js';
 import { asCall, connectRedis, type Patience } from './store-connection.js';
 
 /** Tokens of one sequence before anything is computed. */
-interface SequenceSize {
+export interface SequenceSize {
   readonly promptTokens: number;
   readonly maxTokens: number;
 }
@@ -72,12 +72,12 @@ export class Backlog {
       let tokens = 0;
       let oldestMs = Infinity;
       for (const id of waiting) {
-        tokens += remaining(sizesOf(id), [], maxSeqLen);
+        tokens += remainingTokens(sizesOf(id), [], maxSeqLen);
         oldestMs = Math.min(oldestMs, known.get(id)?.createdMs ?? Infinity);
       }
       const written = await this.#written(active, known);
       for (const id of active) {
-        tokens += remaining(sizesOf(id), written.get(id) ?? [], maxSeqLen);
+        tokens += remainingTokens(sizesOf(id), written.get(id) ?? [], maxSeqLen);
       }
       const oldestWaitingMs = oldestMs === Infinity ? 0 : Math.max(0, Date.now() - oldestMs);
       return { jobs: waiting.length + active.length, tokens, oldestWaitingMs };
@@ -169,7 +169,8 @@ function sizeOf(request: Request): SequenceSize[] {
   });
 }
 
-function remaining(
+/** Tokens of a job that are still to be computed, at most. @param written tokens of each sequence; Infinity when over. */
+export function remainingTokens(
   sizes: readonly SequenceSize[],
   written: readonly number[],
   maxSeqLen: number | null,

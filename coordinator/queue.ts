@@ -16,7 +16,7 @@ import { chooseJob, type Choice, type HeldJob, type OrderRules } from './order.j
 import { connectionOf, queueName } from './queue-connection.js';
 import { QueueOrder, wakeChannelOf, type JobSize } from './queue-order.js';
 import type { JobTerms } from './request.js';
-import { asCall, redisOptions, unavailable } from './store-connection.js';
+import { asCall, unavailable } from './store-connection.js';
 
 /** A job whose engine is gone moves again after this and at most two checks. */
 const LOCK_MS = 6_000;
@@ -54,7 +54,7 @@ export class JobQueue {
 
   constructor(url: string, model: string, onError: (error: Error) => void = () => undefined) {
     this.#url = url;
-    this.#redis = new Redis(url, redisOptions('impatient'));
+    this.#redis = new Redis(connectionOf(url, 'impatient'));
     this.#redis.on('error', onError);
     this.#order = new QueueOrder(this.#redis, queueName(model));
     this.#queue = new Queue(queueName(model), {
@@ -191,7 +191,7 @@ export class JobTaker {
     this.#onError = onError;
     this.#delayMs = delayMs;
     this.#rules = rules;
-    this.#redis = new Redis(url, redisOptions('patient'));
+    this.#redis = new Redis(connectionOf(url, 'patient'));
     this.#redis.on('error', onError);
     this.#order = new QueueOrder(this.#redis, queueName(model));
     this.#subscriber = this.#redis.duplicate();

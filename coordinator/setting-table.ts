@@ -121,7 +121,7 @@ export const settingTable = {
   redis: optional({
     argument: '<url>',
     description: 'Redis to use, redis://HOST:PORT',
-    rule: 'a redis://, rediss:// or unix:// URL',
+    rule: 'a redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix:// URL',
     schema: redisUrl,
   }),
   ranks: optional({

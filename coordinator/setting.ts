@@ -55,7 +55,7 @@ export const addresses = z.preprocess(
   (value) => (typeof value === 'string' ? value.split(',') : value),
   z.array(z.string().regex(address)).min(1).max(256),
 );
-export const redisUrl = z.string().regex(/^(rediss?:\/\/\S+|unix:\/\/\S+)$/);
+export const redisUrl = z.string().regex(/^(rediss?(\+sentinel)?:\/\/\S+|unix:\/\/\S+)$/);
 
 const byteUnits = ['', 'k', 'm', 'g', 't'];
 /** `500MB`, `1.5 GB` or a number of bytes. */

@@ -6,6 +6,7 @@
  */
 import { Redis } from 'ioredis';
 import { CaravanError } from '../proto/errors.js';
+import { redisAddress } from './store-address.js';
 
 export type Patience = 'patient' | 'impatient';
 
@@ -32,7 +33,7 @@ export async function connectRedis(
   patience: Patience,
   onError: (error: Error) => void = () => undefined,
 ): Promise<Redis> {
-  const redis = new Redis(url, { ...redisOptions(patience), lazyConnect: true });
+  const redis = new Redis({ ...redisOptions(patience), ...redisAddress(url), lazyConnect: true });
   redis.on('error', onError);
   const errors: Error[] = [];
   const remember = (error: Error): void => {
@@ -42,7 +43,7 @@ export async function connectRedis(
   let timer: NodeJS.Timeout | undefined;
   try {
     await Promise.race([
-      redis.ping(),
+      refuseCluster(redis, url),
       new Promise((_, reject) => {
         timer = setTimeout(() => {
           reject(new Error(`no answer within ${CALL_TIMEOUT_MS} ms`));
@@ -52,12 +53,24 @@ export async function connectRedis(
     return redis;
   } catch (cause) {
     redis.disconnect();
-    throw unavailable(url, errors[0] ?? cause);
+    throw cause instanceof CaravanError ? cause : unavailable(url, errors[0] ?? cause);
   } finally {
     redis.removeListener('error', remember);
     clearTimeout(timer);
   }
 }
+
+/** Keys of a job stand beside those of its queue: a cluster would spread them. */
+async function refuseCluster(redis: Redis, url: string): Promise<void> {
+  const info = await redis.info('cluster');
+  if (!/^cluster_enabled:1/m.test(info)) return;
+  throw new CaravanError(
+    'bad_usage',
+    `Redis at ${withoutPassword(url)} is in Cluster mode, which is not supported: use one primary, or Sentinel (redis+sentinel://)`,
+  );
+}
+
+const withoutPassword = (url: string): string => url.replace(/\/\/[^@/]*@/, '//');
 
 /** @returns a CaravanError that names the address without its password. */
 export function unavailable(url: string, cause: unknown): CaravanError {
@@ -66,7 +79,7 @@ export function unavailable(url: string, cause: unknown): CaravanError {
   const reason = message.startsWith('Reached the max retries') ? 'the connection is lost' : message;
   return new CaravanError(
     'redis_unavailable',
-    `Redis at ${url.replace(/\/\/[^@/]*@/, '//')} cannot be reached: ${reason}`,
+    `Redis at ${withoutPassword(url)} cannot be reached: ${reason}`,
     { cause },
   );
 }

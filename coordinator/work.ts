@@ -19,10 +19,13 @@ export interface Work {
 }
 
 export class WorkMeter {
-  readonly #backlog: Backlog;
-  readonly #store: Store;
+  readonly #backlog: Pick<Backlog, 'count'>;
+  readonly #store: Pick<Store, 'card' | 'engines' | 'rememberedSpeeds'>;
 
-  constructor(backlog: Backlog, store: Store) {
+  constructor(
+    backlog: Pick<Backlog, 'count'>,
+    store: Pick<Store, 'card' | 'engines' | 'rememberedSpeeds'>,
+  ) {
     this.#backlog = backlog;
     this.#store = store;
   }
