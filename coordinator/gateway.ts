@@ -1,4 +1,5 @@
 /** `caravan gateway`: the HTTP front. Holds no state: jobs, journals and cards are in Redis. */
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { Answers } from './answers.js';
 import { Batches, type BatchLimits } from './batches.js';
@@ -6,10 +7,12 @@ import type { FileStorage } from './file-storage.js';
 import { Files, type FileLimits } from './files.js';
 import { createHttpServer } from './http.js';
 import { listenHttp } from './http-listen.js';
+import { BOARD_PATH } from './http-queues.js';
 import { Journal } from './journal.js';
 import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
 import { Backlog } from './queue-backlog.js';
+import { QueueBoard, type BoardMode } from './queue-board.js';
 import { ScalerServer } from './scaler.js';
 import { Store } from './store.js';
 import { WebhookRecords } from './store-webhooks.js';
@@ -33,6 +36,8 @@ export interface GatewayOptions {
   readonly storage: FileStorage;
   readonly fileLimits: FileLimits;
   readonly batchLimits: BatchLimits;
+  /** What Bull Board, under /queues, lets people do; `read` if left out. */
+  readonly queueBoard?: BoardMode | undefined;
   /** Signs webhooks; left out, there are none. */
   readonly webhookSecret?: string | undefined;
   /** Hosts, addresses and ranges that webhooks may call beside the public internet. */
@@ -79,8 +84,11 @@ export async function runGateway(
   const batchNeeds = { records: batchRecords, files, models, journal, answers };
   const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
   const routes = { store, journal, answers, models, metrics, work, redis, stopping };
+  const boardMode = options.queueBoard ?? 'read';
+  const board =
+    boardMode === 'off' ? undefined : new QueueBoard(redisUrl, BOARD_PATH, boardMode, onRedisError);
   const app = createHttpServer(
-    { ...routes, responses, files, batches, batchRecords, webhooks: intake },
+    { ...routes, responses, files, batches, batchRecords, webhooks: intake, board },
     log,
   );
   const over = AbortSignal.any([draining, stopping]);
@@ -110,6 +118,7 @@ export async function runGateway(
     fileRecords.close();
     responses.close();
     await answers.close();
+    await Promise.race([board?.close().catch(() => undefined), delay(1000)]);
     journal.close();
     store.close();
   }

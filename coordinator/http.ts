@@ -8,6 +8,7 @@ import { addAnswerRoutes } from './http-answers.js';
 import { addBatchRoutes, type BatchRoutes } from './http-batches.js';
 import { addFileRoutes, type FileRoutes } from './http-files.js';
 import { addJobRoutes } from './http-jobs.js';
+import { addQueueRoutes, type QueueRoutes } from './http-queues.js';
 import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
 import { addTokenizeRoutes } from './http-tokenize.js';
@@ -21,7 +22,7 @@ import type { WorkMeter } from './work.js';
 
 const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
 
-export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes {
+export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes, QueueRoutes {
   readonly store: Store;
   readonly metrics: GatewayMetrics;
   readonly work: WorkMeter;
@@ -74,6 +75,7 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
 
   addAnswerRoutes(app, routes);
   addJobRoutes(app, routes);
+  addQueueRoutes(app, routes);
   addResponseRoutes(app, routes);
   addTokenizeRoutes(app, routes);
   addModelRoutes(app, routes);

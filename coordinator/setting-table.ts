@@ -185,6 +185,13 @@ export const settingTable = {
     rule: 'a whole number from 1 to 10000',
     schema: whole(1, 10_000),
   }),
+  queueBoard: defaulted('read', {
+    argument: '<mode>',
+    description:
+      "Bull Board under /queues: read, manage (BullMQ's jobs can be removed there) or off",
+    rule: 'one of read, manage, off',
+    schema: z.enum(['read', 'manage', 'off']),
+  }),
   webhookSecret: optional({
     argument: '<secret>',
     description: 'signs webhooks, whsec_… or any text; without it there are none',

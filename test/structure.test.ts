@@ -44,6 +44,8 @@ const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
   ['koffi', /^worker\/(ort|shared-memory|mapped-file)/],
   ['onnxruntime-node', /^worker\/ort/],
   ['bullmq', /^coordinator\/queue/],
+  ['@bull-board/api', /^coordinator\/queue-board/],
+  ['@bull-board/fastify', /^coordinator\/queue-board/],
   ['ioredis', /^coordinator\/(queue|journal|store)/],
   [
     '@grpc/grpc-js',

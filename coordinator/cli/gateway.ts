@@ -20,6 +20,7 @@ export function register(program: Command): void {
       'scalerPort',
       'drainTimeout',
       ...fileSettingNames,
+      'queueBoard',
       'webhookSecret',
       'webhookAllow',
       'logLevel',
@@ -28,7 +29,7 @@ export function register(program: Command): void {
   );
   command.action(async () => {
     const s = settings();
-    const { redis, host, port, scalerPort, webhookSecret, webhookAllow, logLevel } = s;
+    const { redis, host, port, scalerPort, queueBoard, webhookSecret, webhookAllow, logLevel } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
     const limits = await fileSettings(s, folder);
     const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
@@ -37,7 +38,17 @@ export function register(program: Command): void {
     };
     const log = openLog('gateway', logLevel);
     await runGateway(
-      { redisUrl: redis, host, port, scalerPort, webhookSecret, webhookAllow, ...limits, onReady },
+      {
+        redisUrl: redis,
+        host,
+        port,
+        scalerPort,
+        queueBoard,
+        webhookSecret,
+        webhookAllow,
+        ...limits,
+        onReady,
+      },
       draining,
       stopping,
       log,
