@@ -9,20 +9,21 @@
  */
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
-import { SampledRows, type Chunk, type Step, type StepResult } from '../proto/gen/cluster.js';
-import { adjustmentOf } from './adjustment.js';
-import { coin, purpose } from './coin.js';
+import { SampledRows, type Step, type StepResult } from '../proto/gen/cluster.js';
+import { beginSequences } from './beginnings.js';
 import type { EngineLoad } from './engine-health.js';
 import { GrammarCache } from './grammar.js';
 import { MaskTable } from './mask-table.js';
 import type { Ranks } from './ranks.js';
 import type { FinishReason, Request, TokenLogprobs } from './request.js';
-import { pickToken, SAMPLED_TOP_K, wholeRowCandidates } from './sampler.js';
+import { drawToken } from './row-draw.js';
 import { SampledRowReader, type SampledRow } from './sampled-row.js';
-import { adaptBudget, planStep, type StepPlan } from './scheduler.js';
+import { adaptBudget, MIN_PREFILL_TOKENS, planStep, type StepPlan } from './scheduler.js';
 import { announceStep } from './step-announcement.js';
 import { Sequence } from './sequence.js';
 import { Slots } from './slots.js';
+import { guessNext, MAX_DRAFT, StepCosts } from './speculation.js';
+import { stepMessage } from './step-message.js';
 import { TextStream } from './text-stream.js';
 
 /** One generation to run. A job with n sequences adds n of these. */
@@ -38,10 +39,14 @@ export interface SequenceSpec {
   readonly reportsLogprobs?: boolean;
   /** Whether the sink is told the logprobs of the prompt's tokens. */
   readonly reportsPrompt?: boolean;
+  /** Beginnings are shared within a tenant only; one for all where it is left out. */
+  readonly tenant?: string;
 }
 
 /** Hears of a sequence, synchronously and in order; must return at once and never throw. */
 export interface SequenceSink {
+  /** It begins; of its prompt this many tokens are not computed again. */
+  begin?(cachedTokens: number): void;
   /** One more token, and the text that it releases (may be empty). Not called for resumed tokens. */
   token(tokenId: number, text: string, logprobs?: TokenLogprobs): void;
   /** Logprobs of prompt tokens, from the second one on, in order, before the first token. Only where asked for. */
@@ -80,6 +85,8 @@ export interface EngineOptions {
   /** Most tokens of one chunk; maxStepRows when left out. */
   readonly maxChunkTokens?: number;
   readonly isExact: boolean;
+  /** Tokens that are guessed for a sequence: where and as many as pay, or always this many. Never in exact mode. */
+  readonly draftTokens?: 'adaptive' | number;
   /** Hears of every step, for metrics. */
   readonly onStep?: (figures: StepFigures) => void;
   /** Hears that a sequence has left and its slot can be taken. Must return at once. */
@@ -89,6 +96,9 @@ export interface EngineOptions {
 export interface StepFigures {
   readonly rows: number;
   readonly sequences: number;
+  /** Tokens that were guessed, and those of them that came true. */
+  readonly draftTokens: number;
+  readonly acceptedTokens: number;
   /** From planning to the last sink, and what of it the ranks took (the slowest). */
   readonly totalMs: number;
   readonly ranksMs: number;
@@ -112,6 +122,9 @@ export class RankEngine implements Engine {
   readonly #masks: MaskTable;
   /** In the order in which they came. */
   #sequences: Sequence[] = [];
+  readonly #costs = new StepCosts();
+  /** Slots whose drafts did not hold: for the next step. */
+  #rewinds: { slot: number; length: number }[] = [];
   #stepNumber = 0;
   #tokenBudget: number;
   #wake: (() => void) | null = null;
@@ -123,9 +136,12 @@ export class RankEngine implements Engine {
     this.#ranks = ranks;
     this.#tokenizer = tokenizer;
     this.#options = options;
-    this.#slots = new Slots(options.maxBatchSize);
+    this.#slots = new Slots(
+      options.maxBatchSize,
+      ranks.loaded.every(({ copiesSlots }) => copiesSlots === true),
+    );
     this.#grammars = new GrammarCache(tokenizer);
-    this.#masks = new MaskTable(KEPT_MASKS + 2 * options.maxBatchSize);
+    this.#masks = new MaskTable(KEPT_MASKS + (MAX_DRAFT + 2) * options.maxBatchSize);
     this.#tokenBudget = Math.min(FIRST_TOKEN_BUDGET, options.maxStepRows);
   }
 
@@ -143,14 +159,14 @@ export class RankEngine implements Engine {
     return {
       sequences,
       slotsUsed: this.#options.maxBatchSize - this.#slots.freeCount,
-      kvPositionsUsed: this.#sequences.reduce((sum, { fedCount }) => sum + fedCount, 0),
+      kvPositionsUsed: this.#sequences.reduce((sum, { fed }) => sum + fed, 0),
       unmovedMs: sequences === 0 ? 0 : performance.now() - this.#movedMs,
     };
   }
 
   add(spec: SequenceSpec, sink: SequenceSink): SequenceHandle {
     if (this.#ended !== null) throw this.#ended;
-    const { maxSeqLen, isExact } = this.#options;
+    const { maxSeqLen, isExact, draftTokens } = this.#options;
     const promptTokens = spec.request.promptTokenIds.length;
     if (promptTokens < 1 || promptTokens >= maxSeqLen) {
       throw new CaravanError(
@@ -163,15 +179,17 @@ export class RankEngine implements Engine {
     const walk = grammar === undefined ? null : this.#grammars.get(grammar).begin(isTextStart);
     for (const token of spec.resumeTokenIds) walk?.take(token);
     walk?.mask();
-    const slot = this.#slots.take();
-    if (slot === null) throw new CaravanError('internal', 'no slot is free');
     const text = new TextStream(this.#tokenizer, spec.request);
-    const sequence = new Sequence(spec, slot, sink, text, {
+    const sequence = new Sequence(spec, sink, text, {
       maxSeqLen,
       isExact,
       eosTokenIds: new Set(this.#tokenizer.eosTokenIds),
       walk,
+      guessesOf: draftTokens !== 0 && !isExact ? this.#tokenizer.vocabSize : null,
     });
+    const slot = this.#slots.take(sequence.prefixRequest);
+    if (slot === null) throw new CaravanError('internal', 'no slot is free');
+    sequence.slot = slot;
     if (this.#sequences.length === 0) this.#movedMs = performance.now();
     this.#sequences.push(sequence);
     this.#wake?.();
@@ -225,20 +243,32 @@ export class RankEngine implements Engine {
 
   async #step(): Promise<void> {
     const startMs = performance.now();
-    const { maxStepRows, maxChunkTokens } = this.#options;
-    const plan = planStep(this.#sequences, {
+    const { maxStepRows, maxChunkTokens, draftTokens = 'adaptive' } = this.#options;
+    const joins = beginSequences(this.#sequences, this.#slots);
+    const begun = this.#sequences.filter(({ isNew }) => !isNew);
+    guessNext(begun, draftTokens, maxStepRows - MIN_PREFILL_TOKENS, this.#costs);
+    const plan = planStep(begun, {
       tokenBudget: this.#tokenBudget,
       maxChunkTokens: maxChunkTokens ?? maxStepRows,
     });
     announceStep(plan);
-    const step = this.#toStep(plan);
+    const { decodes, drafts, chunks } = plan;
+    this.#stepNumber += 1;
+    const rewinds = this.#rewinds.splice(0);
+    const step = stepMessage(this.#stepNumber, plan, { joins, rewinds }, this.#masks);
     const sentMs = performance.now();
     const results = await this.#ranks.forward(step);
     const ranksMs = performance.now() - sentMs;
-    const rows = plan.decodes.length + plan.chunks.reduce((sum, { count }) => sum + count, 0);
-    for (const sequence of plan.decodes) sequence.markFed(1);
-    for (const { sequence, count } of plan.chunks) sequence.markFed(count);
-    await this.#sample(plan, step, results);
+    const draftRows = drafts.reduce((sum, { draft }) => sum + draft.length, 0);
+    const promptTokens = chunks.reduce((sum, { count }) => sum + count, 0);
+    const rows = decodes.length + drafts.length + draftRows + promptTokens;
+    if (promptTokens === 0) this.#costs.add(rows, ranksMs);
+    for (const sequence of decodes) sequence.markFed(1);
+    for (const { sequence, count } of chunks) sequence.markFed(count);
+    const acceptedTokens = await this.#sample(plan, step, results);
+    for (const { slot, tokens, sharedLength } of begun) {
+      this.#slots.hold(slot, tokens, sharedLength);
+    }
     this.#movedMs = performance.now();
 
     const stretchUs = Math.max(...results.map((result) => result.longestStretchUs));
@@ -246,7 +276,9 @@ export class RankEngine implements Engine {
     const busiest = results.reduce((a, b) => (b.computeUs > a.computeUs ? b : a));
     this.#options.onStep?.({
       rows,
-      sequences: plan.decodes.length + plan.chunks.length,
+      sequences: decodes.length + drafts.length + chunks.length,
+      draftTokens: draftRows,
+      acceptedTokens,
       totalMs: performance.now() - startMs,
       ranksMs,
       waitMs: busiest.waitUs / 1000,
@@ -254,68 +286,32 @@ export class RankEngine implements Engine {
     });
   }
 
-  #toStep({ decodes, chunks }: StepPlan<Sequence>): Step {
-    this.#stepNumber += 1;
-    const starting = chunks.map(({ sequence }) => sequence).filter((sequence) => sequence.isNew);
-    for (const sequence of starting) sequence.isNew = false;
-    const sequences = [...decodes, ...chunks.map(({ sequence }) => sequence)];
-    const masked = [
-      ...decodes.filter((sequence) => sequence.isSampledAfter(1)),
-      ...chunks.flatMap(({ sequence, count }) =>
-        sequence.isSampledAfter(count) ? [sequence] : [],
-      ),
-    ];
-    const isSampling = sequences.some(({ spec }) => spec.request.sampling.temperature > 0);
-    return {
-      number: this.#stepNumber,
-      joins: starting.map(({ slot, spec }) => ({
-        slot,
-        temperature: spec.request.sampling.temperature,
-        adjustment: adjustmentOf(spec.request),
-        reportsRaw: spec.reportsLogprobs === true,
-      })),
-      decodeSlots: decodes.map(({ slot }) => slot),
-      decodeTokens: decodes.map(({ decodeToken }) => decodeToken),
-      chunks: chunks.map(({ sequence, count }): Chunk => {
-        const targets = sequence.promptTargets(count);
-        const isSampled = sequence.isSampledAfter(count);
-        return {
-          slot: sequence.slot,
-          tokens: sequence.nextTokens(count),
-          sampledRows:
-            targets.length > 0
-              ? SampledRows.SAMPLED_ROWS_ALL
-              : isSampled
-                ? SampledRows.SAMPLED_ROWS_LAST
-                : SampledRows.SAMPLED_ROWS_NONE,
-          targets,
-        };
-      }),
-      topK: isSampling ? SAMPLED_TOP_K : 1,
-      masking: this.#masks.masking(
-        masked.flatMap(({ slot, mask }) => (mask === null ? [] : [{ slot, mask }])),
-      ),
-      rawTopK: Math.max(...sequences.map(({ topLogprobCount }) => topLogprobCount)),
-    };
-  }
-
-  /** Sampled rows are the decodes, then those of chunks; forced rows are passed over. */
+  /**
+   * Sampled rows are the decodes, those of drafts, then those of chunks; forced rows are passed over.
+   *
+   * @returns guessed tokens that came true.
+   */
   async #sample(
-    { decodes, chunks }: StepPlan<Sequence>,
+    { decodes, drafts, chunks }: StepPlan<Sequence>,
     step: Step,
     results: readonly StepResult[],
-  ): Promise<void> {
+  ): Promise<number> {
     const rows = new SampledRowReader(results, this.#ranks.vocabCounts);
+    const read = (count: number, { spec }: Sequence): SampledRow[] =>
+      Array.from({ length: count }, () => rows.next(spec.reportsLogprobs === true));
     for (const sequence of decodes) {
-      const row = rows.next(sequence.spec.reportsLogprobs === true);
-      if (sequence.isSampledAfter(0)) await this.#sampleRow(sequence, step.number, row);
+      const [row] = read(1, sequence);
+      if (sequence.isSampledAfter(0)) await this.#sampleRow(sequence, step.number, row!);
+    }
+    let accepted = 0;
+    for (const sequence of drafts) {
+      accepted += await this.#verify(sequence, step, read(1 + sequence.draft.length, sequence));
     }
     for (const [i, { sequence }] of chunks.entries()) {
-      const { sampledRows, tokens, targets } = step.chunks[i]!;
+      const { sampledRows, tokens, targets } = step.chunks[drafts.length + i]!;
       if (sampledRows === SampledRows.SAMPLED_ROWS_NONE) continue;
       const rowCount = sampledRows === SampledRows.SAMPLED_ROWS_ALL ? tokens.length : 1;
-      const isRaw = sequence.spec.reportsLogprobs === true;
-      const chunkRows = Array.from({ length: rowCount }, () => rows.next(isRaw));
+      const chunkRows = read(rowCount, sequence);
       if (targets.length > 0 && !sequence.isCancelled) {
         const count = sequence.topLogprobCount;
         sequence.sink.prompt?.(targets.map((_, at) => chunkRows[at]!.targetLogprobs(count)));
@@ -324,39 +320,41 @@ export class RankEngine implements Engine {
         await this.#sampleRow(sequence, step.number, chunkRows.at(-1)!);
       }
     }
+    return accepted;
   }
 
-  async #sampleRow(sequence: Sequence, stepNumber: number, row: SampledRow): Promise<void> {
-    if (sequence.isCancelled) return;
-    const { spec } = sequence;
-    const { sampling } = spec.request;
-    if (spec.request.maxTokens === 0) {
+  /**
+   * Each row is sampled as if it were the only one, and the next counts as long as the sample is what was guessed: so
+   * tokens are the same with and without guesses, at every temperature.
+   *
+   * @returns guessed tokens that came true.
+   */
+  async #verify(sequence: Sequence, step: Step, rows: readonly SampledRow[]): Promise<number> {
+    const { draft, slot } = sequence;
+    let accepted = 0;
+    for (const row of rows) {
+      // The row's own token was right, or the row would not be looked at.
+      sequence.markFed(1);
+      const token = await this.#sampleRow(sequence, step.number, row);
+      if (token === null || token !== draft[accepted]) break;
+      accepted += 1;
+    }
+    if (accepted < draft.length) this.#rewinds.push({ slot, length: sequence.fed });
+    return accepted;
+  }
+
+  /** @returns the token, or null when the sequence is over. */
+  async #sampleRow(
+    sequence: Sequence,
+    stepNumber: number,
+    row: SampledRow,
+  ): Promise<number | null> {
+    if (sequence.isCancelled) return null;
+    if (sequence.spec.request.maxTokens === 0) {
       this.#finish(sequence, 'length');
-      return;
+      return null;
     }
-    const drawn =
-      sampling.temperature === 0
-        ? 0
-        : coin(sampling.seed, spec.index, sequence.position, purpose.sample);
-    const candidates = row.candidates();
-    const token =
-      pickToken(candidates, sampling, drawn) ??
-      pickToken(
-        wholeRowCandidates(
-          await this.#ranks.fetchRow(stepNumber, row.number, 'adjusted'),
-          candidates.lse,
-        ),
-        sampling,
-        drawn,
-      );
-    if (token === null) throw new CaravanError('internal', 'a whole row gave no token');
-    let logprobs: TokenLogprobs | undefined;
-    if (spec.reportsLogprobs === true) {
-      const logit =
-        row.rawLogitOf(token) ??
-        (await this.#ranks.fetchRow(stepNumber, row.number, 'raw'))[token]!;
-      logprobs = row.logprobs(logit, sequence.topLogprobCount);
-    }
+    const { token, logprobs } = await drawToken(this.#ranks, sequence, stepNumber, row);
     let reason: FinishReason | null;
     try {
       reason = sequence.accept(token, logprobs);
@@ -364,9 +362,11 @@ export class RankEngine implements Engine {
       // A grammar that takes too much: its sequence alone fails.
       this.#leave(sequence);
       sequence.sink.fail(toCaravanError(thrown));
-      return;
+      return null;
     }
-    if (reason !== null) this.#finish(sequence, reason);
+    if (reason === null) return token;
+    this.#finish(sequence, reason);
+    return null;
   }
 
   #finish(sequence: Sequence, reason: FinishReason): void {

@@ -116,6 +116,13 @@ export class GrammarWalk {
     this.#isSpaceDue = dropsSpace;
   }
 
+  /** A walk of its own from here. */
+  fork(): GrammarWalk {
+    const walk = new GrammarWalk(this.#grammar, this.#isSpaceDue);
+    walk.#state = this.#state;
+    return walk;
+  }
+
   /** Tokens that may come next; at least one, unless the answer is complete. @throws CaravanError beyond a limit. */
   mask(): TokenMask {
     const mask = this.#grammar.masks.of(this.#state, this.#isSpaceDue);

@@ -29,6 +29,24 @@ export const promptTokenCount = ({ promptTokenIds, otherPrompts }: Request): num
     promptTokenIds.length,
   );
 
+/**
+ * Of those, what was not computed again: of each prompt, what none of its sequences computed.
+ *
+ * @param bySequence what each was spared, as far as it is known.
+ */
+export function cachedTokenCount(
+  request: Request,
+  bySequence: readonly (number | undefined)[],
+): number {
+  const perPrompt = sequencesPerPrompt(request);
+  let sum = 0;
+  for (let first = 0; first < sequenceCount(request); first += perPrompt) {
+    const known = bySequence.slice(first, first + perPrompt).filter((count) => count !== undefined);
+    if (known.length > 0) sum += Math.min(...known);
+  }
+  return sum;
+}
+
 /** Whether ranks report logprobs for it: they are shown, or the best of several is looked for. */
 export const needsLogprobs = ({ logprobs, n, bestOf }: Request): boolean =>
   logprobs !== undefined || (bestOf ?? 1) > (n ?? 1);

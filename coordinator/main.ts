@@ -26,6 +26,7 @@ import { PodDeletionCost, type PodIdentity } from './pod-deletion-cost.js';
 import { JobTaker } from './queue.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
+import { draftTokensOf } from './speculation.js';
 import { Store, type EngineBeat } from './store.js';
 import { RedisWatch } from './store-watch.js';
 import { takeDelayMs } from './take-order.js';
@@ -43,6 +44,7 @@ export interface CoordinatorOptions {
   readonly device: string;
   readonly weights: Config['weights'];
   readonly transport: Config['transport'];
+  readonly speculation: Config['speculation'];
   /** Address and port of probes and metrics; 0 takes a free one, left out serves none. */
   readonly host: string;
   readonly metricsPort?: number | undefined;
@@ -169,9 +171,11 @@ export async function runCoordinator(
         const engine = new RankEngine(ranks, tokenizer, {
           ...spec,
           isExact: options.isExact,
+          draftTokens: draftTokensOf(options.speculation),
           onStep: (figures) => {
             speed.add(figures.rows, figures.sequences, figures.totalMs);
             metrics.step(figures.rows, figures.totalMs);
+            metrics.drafts(figures.draftTokens, figures.acceptedTokens);
             options.onStep?.(figures);
           },
         });

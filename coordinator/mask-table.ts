@@ -22,7 +22,7 @@ export class MaskTable {
 
   /** What ranks are told of a step's masks; undefined where there are none. */
   masking(
-    rows: readonly { readonly slot: number; readonly mask: TokenMask }[],
+    rows: readonly { readonly row: number; readonly mask: TokenMask }[],
   ): Masking | undefined {
     if (rows.length === 0) return undefined;
     this.#step += 1;
@@ -31,14 +31,14 @@ export class MaskTable {
       const number = this.#numbers.get(mask);
       if (number !== undefined) this.#usedIn[number] = this.#step;
     }
-    const masking: Masking = { newMasks: [], slots: [], maskNumbers: [] };
-    for (const { slot, mask } of rows) {
+    const masking: Masking = { newMasks: [], rows: [], maskNumbers: [] };
+    for (const { row, mask } of rows) {
       let number = this.#numbers.get(mask);
       if (number === undefined) {
         number = this.#give(mask);
         masking.newMasks.push({ number, allowed: mask.bits });
       }
-      masking.slots.push(slot);
+      masking.rows.push(row);
       masking.maskNumbers.push(number);
     }
     return masking;

@@ -49,6 +49,12 @@ export class EngineMetrics {
     labelNames: ['model'],
     registers: [this.#registry],
   });
+  readonly #drafts = new Counter({
+    name: 'caravan_engine_draft_tokens_total',
+    help: 'Tokens that were guessed and computed with others; accepted ones came true',
+    labelNames: ['model', 'outcome'],
+    registers: [this.#registry],
+  });
   readonly #jobs = new Counter({
     name: 'caravan_engine_jobs_total',
     help: 'Jobs that left the engine, by how: completed, failed, cancelled, expired, given back, …',
@@ -66,6 +72,12 @@ export class EngineMetrics {
   step(rows: number, totalMs: number): void {
     this.#steps.observe({ model: this.#model }, totalMs / 1000);
     this.#computed.inc({ model: this.#model }, rows);
+  }
+
+  /** Guessed tokens of a step, and those that came true. */
+  drafts(count: number, accepted: number): void {
+    this.#drafts.inc({ model: this.#model, outcome: 'accepted' }, accepted);
+    this.#drafts.inc({ model: this.#model, outcome: 'rejected' }, count - accepted);
   }
 
   jobLeft(outcome: string): void {

@@ -6,6 +6,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import type { Engine, SequenceHandle } from './engine.js';
 import {
+  cachedTokenCount,
   needsLogprobs,
   needsPromptLogprobs,
   promptTokenCount,
@@ -53,6 +54,8 @@ export class RunningJob {
   readonly #waiting: number[];
   /** Why each sequence ended; null while it has not. */
   readonly #reasons: (FinishReason | null)[];
+  /** By sequence: tokens of its prompt that were not computed again. */
+  readonly #cachedTokens: (number | undefined)[] = [];
   #deadline: NodeJS.Timeout | undefined;
   #isDecided = false;
   /** Whether it waits until the engine has no other job. */
@@ -155,7 +158,7 @@ export class RunningJob {
   }
 
   #startSequence(index: number): void {
-    const { id, request, sequences } = this.#take;
+    const { id, request, sequences, terms } = this.#take;
     const writer = this.#writer.sequences[index]!;
     const { tokenIds, promptCount } = sequences[index]!;
     const own = sequenceRequest(request, index);
@@ -163,11 +166,15 @@ export class RunningJob {
       const handle = this.#engine.add(
         {
           ...{ id, request: own, index, resumeTokenIds: tokenIds },
+          ...(terms.tenant === undefined ? {} : { tenant: terms.tenant }),
           reportsLogprobs: needsLogprobs(request),
           reportsPrompt:
             needsPromptLogprobs(request) && promptCount < own.promptTokenIds.length - 1,
         },
         {
+          begin: (cachedTokens) => {
+            this.#cachedTokens[index] = cachedTokens;
+          },
           token: (tokenId, text, logprobs) => {
             writer.token(tokenId, text, logprobs);
           },
@@ -256,6 +263,7 @@ export class RunningJob {
   #complete(heldText: string): void {
     const usage = {
       promptTokens: promptTokenCount(this.#take.request),
+      cachedTokens: cachedTokenCount(this.#take.request, this.#cachedTokens),
       completionTokens: this.#writer.tokenCount,
     };
     this.#decide({ status: 'completed', finishReason: this.#reasons[0]!, usage }, heldText);

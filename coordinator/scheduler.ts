@@ -1,7 +1,7 @@
 /**
  * Picks the rows of the next step: pure, synchronous, without clock or I/O.
  *
- * Every decoding sequence gets its one row. What is left of the token budget goes to prompts, in the order in
+ * Every decoding sequence gets its one row, and rows for the tokens that it guesses. What is left of the token budget goes to prompts, in the order in
  * which their sequences came. A chunk has at least two tokens, and leaves none or at least two behind, since
  * attention over a single row takes another kernel: so the chunking cannot be seen in the result.
  */
@@ -10,6 +10,8 @@ export interface Schedulable {
   readonly slot: number;
   /** Tokens that are still to be fed in chunks; 0 when it decodes. */
   readonly prefillLeft: number;
+  /** Guessed tokens that are computed with its next row. */
+  readonly draft: readonly number[];
 }
 
 export interface StepLimits {
@@ -20,24 +22,29 @@ export interface StepLimits {
 }
 
 export interface StepPlan<T extends Schedulable> {
-  /** By rising slot. */
+  /** Of one row each, by rising slot. */
   readonly decodes: readonly T[];
+  /** Decodes with guessed tokens behind their own. */
+  readonly drafts: readonly T[];
   readonly chunks: readonly { readonly sequence: T; readonly count: number }[];
 }
 
 /** Prompts get at least this much of a step, however many sequences decode. */
-const MIN_PREFILL_TOKENS = 16;
+export const MIN_PREFILL_TOKENS = 16;
 
 /** @param sequences in the order in which they came. */
 export function planStep<T extends Schedulable>(
   sequences: readonly T[],
   { tokenBudget, maxChunkTokens }: StepLimits,
 ): StepPlan<T> {
-  const decodes = sequences
+  const decoding = sequences
     .filter((sequence) => sequence.prefillLeft === 0)
     .sort((a, b) => a.slot - b.slot);
+  const decodes = decoding.filter(({ draft }) => draft.length === 0);
+  const drafts = decoding.filter(({ draft }) => draft.length > 0);
+  const decodeRows = decoding.reduce((sum, { draft }) => sum + 1 + draft.length, 0);
   const chunks: { sequence: T; count: number }[] = [];
-  let left = Math.max(tokenBudget - decodes.length, MIN_PREFILL_TOKENS);
+  let left = Math.max(tokenBudget - decodeRows, MIN_PREFILL_TOKENS);
   for (const sequence of sequences) {
     if (sequence.prefillLeft === 0) continue;
     const count = chunkOf(sequence.prefillLeft, Math.min(left, maxChunkTokens), maxChunkTokens);
@@ -45,7 +52,7 @@ export function planStep<T extends Schedulable>(
     chunks.push({ sequence, count });
     left -= count;
   }
-  return { decodes, chunks };
+  return { decodes, drafts, chunks };
 }
 
 function chunkOf(prefillLeft: number, most: number, maxChunkTokens: number): number {

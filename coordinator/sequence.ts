@@ -10,6 +10,8 @@
 import type { FinishReason, TokenLogprobs } from './request.js';
 import type { SequenceSink, SequenceSpec } from './engine.js';
 import type { GrammarWalk } from './grammar.js';
+import { PromptLookup } from './prompt-lookup.js';
+import { commonLength, type PrefixRequest } from './slots.js';
 import type { TokenMask } from './token-masks.js';
 import type { Schedulable } from './scheduler.js';
 import type { TextStream } from './text-stream.js';
@@ -20,10 +22,18 @@ export interface SequenceLimits {
   readonly isExact: boolean;
   /** The shape of the answer, after the tokens of earlier takes; null for any. */
   readonly walk: GrammarWalk | null;
+  /** Whether tokens are guessed, for a vocabulary of this size; null for no. */
+  readonly guessesOf: number | null;
 }
 
+/** A beginning that is being computed is waited for when it is at least this much longer than what is there. */
+const LEAST_WAIT = 32;
+
+const NOTHING: readonly never[] = [];
+
 export class Sequence implements Schedulable {
-  readonly slot: number;
+  /** Given once, when it is known what the sequence would share. */
+  slot = -1;
   readonly spec: SequenceSpec;
   readonly sink: SequenceSink;
   readonly #limits: SequenceLimits;
@@ -33,21 +43,20 @@ export class Sequence implements Schedulable {
   /** Tokens that are fed in chunks. */
   readonly #prefillEnd: number;
   #fed = 0;
+  /** Null where nothing is guessed. */
+  readonly #lookup: PromptLookup | null;
+  /** Guessed tokens that the next step computes, by what may come at each place; see `guess`. */
+  draft: readonly number[] = NOTHING;
+  /** (1 + draft) what may come after each row's token; none for an answer of any shape. */
+  draftMasks: readonly TokenMask[] = NOTHING;
   /** True until a step has told the ranks of it. */
   isNew = true;
   /** Set when somebody wants it gone: it leaves before the next step. */
   isCancelled = false;
 
   /** @param text a fresh stream; resumed tokens are pushed through it silently. */
-  constructor(
-    spec: SequenceSpec,
-    slot: number,
-    sink: SequenceSink,
-    text: TextStream,
-    limits: SequenceLimits,
-  ) {
+  constructor(spec: SequenceSpec, sink: SequenceSink, text: TextStream, limits: SequenceLimits) {
     this.spec = spec;
-    this.slot = slot;
     this.sink = sink;
     this.#text = text;
     this.#limits = limits;
@@ -55,11 +64,81 @@ export class Sequence implements Schedulable {
     this.#tokens = [...spec.request.promptTokenIds, ...spec.resumeTokenIds];
     for (const token of spec.resumeTokenIds) this.#text.push(token);
     this.#prefillEnd = limits.isExact ? this.#promptLength : this.#tokens.length;
+    this.#lookup =
+      limits.guessesOf === null
+        ? null
+        : new PromptLookup(this.#tokens, this.#promptLength, limits.guessesOf);
   }
 
-  /** Tokens in the KV cache. */
-  get fedCount(): number {
-    return this.#fed;
+  /**
+   * What others may share with it: its beginning, but for the last two tokens that are fed in chunks. Two, since attention
+   * over one row takes another kernel. Where the prompt's logprobs are wanted all of it is computed.
+   */
+  get prefixRequest(): PrefixRequest {
+    const limit = this.spec.reportsPrompt === true ? 0 : Math.max(0, this.#prefillEnd - 2);
+    return { tenant: this.spec.tenant ?? '', tokens: this.#tokens, limit };
+  }
+
+  /** The first step: `length` positions are there already. */
+  begin(length: number): void {
+    this.isNew = false;
+    this.#fed = length;
+    this.sink.begin?.(Math.min(length, this.#promptLength));
+  }
+
+  /** Positions whose keys and values another sequence may use. In exact mode, those that were fed in chunks. */
+  get sharedLength(): number {
+    return this.#limits.isExact ? Math.min(this.#fed, this.#prefillEnd) : this.#fed;
+  }
+
+  /** Whether it will soon hold more of the other's beginning than `length` positions. */
+  isPreparing(other: PrefixRequest, length: number): boolean {
+    if (this.prefillLeft === 0 || (this.spec.tenant ?? '') !== other.tenant) return false;
+    const most = Math.min(this.#prefillEnd, other.limit);
+    return (
+      most >= length + LEAST_WAIT &&
+      commonLength(this.#tokens, other.tokens, most) >= length + LEAST_WAIT
+    );
+  }
+
+  get hitRate(): number {
+    return this.#lookup?.hitRate ?? 0;
+  }
+
+  /** Guessed tokens that there is room for, in the slot and in the answer. */
+  get draftLimit(): number {
+    if (this.#lookup === null) return 0;
+    const { maxSeqLen } = this.#limits;
+    const answerLeft = this.spec.request.maxTokens - this.position;
+    return Math.max(0, Math.min(answerLeft, maxSeqLen - this.#tokens.length) - 1);
+  }
+
+  /** Guesses at most `count` tokens for the next step: none that cannot come. */
+  guess(count: number): void {
+    const proposed = count > 0 ? (this.#lookup?.propose(count) ?? NOTHING) : NOTHING;
+    const { walk } = this.#limits;
+    if (walk === null || proposed.length === 0) {
+      this.draft = proposed;
+      this.draftMasks = NOTHING;
+      return;
+    }
+    const ahead = walk.fork();
+    const draft: number[] = [];
+    const masks: TokenMask[] = [walk.mask()];
+    for (const token of proposed) {
+      if ((masks.at(-1)!.bits[token >> 3]! & (1 << (token & 7))) === 0) break;
+      try {
+        ahead.take(token);
+        if (ahead.isComplete) break;
+        masks.push(ahead.mask());
+      } catch {
+        // A grammar that takes too much there: the sequence may never come to it.
+        break;
+      }
+      draft.push(token);
+    }
+    this.draft = draft;
+    this.draftMasks = masks;
   }
 
   get prefillLeft(): number {
@@ -69,6 +148,11 @@ export class Sequence implements Schedulable {
   /** Number of the token that is generated next, from 0. */
   get position(): number {
     return this.#tokens.length - this.#promptLength;
+  }
+
+  /** Prompt and answer, as they grow. */
+  get tokens(): readonly number[] {
+    return this.#tokens;
   }
 
   /** The token of the next decode row. */

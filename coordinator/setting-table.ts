@@ -73,6 +73,12 @@ export const settingTable = {
     rule: 'one of auto, grpc, shm',
     schema: z.enum(['auto', 'grpc', 'shm']),
   }),
+  speculation: defaulted('auto', {
+    argument: '<when>',
+    description: 'guess tokens from the text so far, and verify them: auto where it pays, or off',
+    rule: 'one of auto, off',
+    schema: z.enum(['auto', 'off']),
+  }),
   weightCache: optional({
     argument: '<folder>',
     description:

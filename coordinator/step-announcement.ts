@@ -2,8 +2,8 @@
 import type { StepPlan } from './scheduler.js';
 import type { Sequence } from './sequence.js';
 
-export function announceStep({ decodes, chunks }: StepPlan<Sequence>): void {
-  for (const { sink, spec, fed } of decodes) {
+export function announceStep({ decodes, drafts, chunks }: StepPlan<Sequence>): void {
+  for (const { sink, spec, fed } of [...decodes, ...drafts]) {
     sink.step?.(`decode at position ${fed} of sequence ${spec.index}`);
   }
   for (const { sequence, count } of chunks) {

@@ -87,10 +87,16 @@ void test('ranks adjust their slices as one would the whole row, and leave the r
         logits.feed(3, token);
         logits.feed(2, token);
       }
+      // Guesses that did not hold, and those of which nothing is known yet.
+      const guesses = Array.from({ length: random.below(6) }, () => random.below(size));
+      for (const token of guesses) logits.feed(3, token);
+      logits.rewind(3, guesses.length);
+      const later = Array.from({ length: random.below(6) }, () => random.below(size));
+      for (const token of later) logits.feed(3, token);
       const own = raw.slice(slice.start, slice.start + slice.count);
       const before = own.slice();
-      row.push(...logits.of(3, own));
-      assert.equal(logits.of(2, own), own);
+      row.push(...logits.of(3, 0, own, later));
+      assert.equal(logits.of(2, 1, own, []), own);
       assert.deepEqual(own, before);
     }
     adjusted(raw, promptLength, tokens, adjustment).forEach((logit, id) => {

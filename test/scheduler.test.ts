@@ -8,6 +8,7 @@ class Fake implements Schedulable {
   readonly promptLength: number;
   prefillLeft: number;
   decoded = 0;
+  draft: readonly number[] = [];
 
   constructor(slot: number, promptLength: number) {
     this.slot = slot;

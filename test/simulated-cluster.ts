@@ -39,6 +39,7 @@ interface SimSequence {
   readonly slot: number;
   readonly job: Job;
   prefillLeft: number;
+  readonly draft: readonly number[];
 }
 
 export const MODEL = 'simulated';
@@ -297,7 +298,7 @@ export class SimulatedCluster {
       const job = this.#waiting.shift()!;
       job.takes += 1;
       const prefillLeft = job.promptTokens + job.written;
-      engine.sequences.push({ slot: engine.freeSlots.pop()!, job, prefillLeft });
+      engine.sequences.push({ slot: engine.freeSlots.pop()!, job, prefillLeft, draft: [] });
       if (engine.plan === null) this.#step(engine);
     }
   }

@@ -17,7 +17,7 @@ interface SlotAdjustment {
   /** By place in the slice. */
   readonly biases: ReadonlyMap<number, number>;
   /** Tokens of the slot so far. */
-  length: number;
+  readonly tokens: number[];
 }
 
 const MAX_MASK_NUMBER = 0xffff;
@@ -28,7 +28,7 @@ export class AdjustedLogits {
   readonly #slots = new Map<number, SlotAdjustment>();
   /** By number: bits over the whole vocabulary. */
   readonly #masks = new Map<number, Uint8Array>();
-  /** By slot, of the last step. */
+  /** By sampled row of the last step. */
   readonly #masked = new Map<number, Uint8Array>();
   /** (slice) */
   readonly #row: Float32Array<ArrayBuffer>;
@@ -41,7 +41,7 @@ export class AdjustedLogits {
   }
 
   /** A sequence begins: what was known of its slot is forgotten. */
-  join({ slot, adjustment }: Join): void {
+  join({ slot, adjustment, kept }: Join): void {
     this.#slots.delete(slot);
     if (adjustment === undefined) return;
     const biases = new Map<number, number>();
@@ -49,11 +49,15 @@ export class AdjustedLogits {
       const place = id - this.#sliceStart;
       if (place >= 0 && place < this.#sliceCount) biases.set(place, adjustment.biases[i] ?? 0);
     });
-    this.#slots.set(slot, { ...adjustment, biases, counts: new Map(), length: 0 });
+    this.#slots.set(slot, { ...adjustment, biases, counts: new Map(), tokens: [] });
+    if ((kept?.length ?? 0) !== (kept?.tokens.length ?? 0)) {
+      throw new CaravanError('invalid_request', `slot ${slot}: the kept tokens are not told`);
+    }
+    for (const token of kept?.tokens ?? []) this.feed(slot, token);
   }
 
   /**
-   * A step begins: only the slots that it names are masked.
+   * A step begins: only the rows that it names are masked.
    *
    * @throws CaravanError `invalid_request` for a mask that was never sent, or a number that is too large.
    */
@@ -66,16 +70,13 @@ export class AdjustedLogits {
       }
       this.#masks.set(number, allowed);
     }
-    masking.slots.forEach((slot, i) => {
+    masking.rows.forEach((row, i) => {
       const number = masking.maskNumbers[i];
       const mask = number === undefined ? undefined : this.#masks.get(number);
       if (mask === undefined) {
-        throw new CaravanError(
-          'invalid_request',
-          `slot ${slot}: mask ${number ?? '-'} is not known`,
-        );
+        throw new CaravanError('invalid_request', `row ${row}: mask ${number ?? '-'} is not known`);
       }
-      this.#masked.set(slot, mask);
+      this.#masked.set(row, mask);
     });
   }
 
@@ -83,32 +84,57 @@ export class AdjustedLogits {
   feed(slot: number, token: number): void {
     const known = this.#slots.get(slot);
     if (known === undefined) return;
-    const place = token - this.#sliceStart;
-    if (place >= 0 && place < this.#sliceCount) {
-      const isGenerated = known.length >= known.promptLength;
-      known.counts.set(place, (known.counts.get(place) ?? 0) + (isGenerated ? 1 : 0));
-    }
-    known.length += 1;
+    this.#count(known, token, 1);
+    known.tokens.push(token);
   }
 
-  /** Whether the slot's next logits are sampled from as they are not. */
-  adjusts(slot: number): boolean {
-    return this.#slots.has(slot) || this.#masked.has(slot);
+  /** The slot's last `count` tokens were not to be. */
+  rewind(slot: number, count: number): void {
+    const known = this.#slots.get(slot);
+    for (let i = 0; known !== undefined && i < count; i += 1) {
+      this.#count(known, known.tokens.pop()!, -1);
+    }
+  }
+
+  /** Counts a token at the end of the slot's, or takes it out again when it was the last. */
+  #count({ tokens, promptLength, counts }: SlotAdjustment, token: number, change: 1 | -1): void {
+    const place = token - this.#sliceStart;
+    if (place < 0 || place >= this.#sliceCount) return;
+    const generated = tokens.length >= promptLength ? change : 0;
+    const count = (counts.get(place) ?? 0) + generated;
+    // What stands in the prompt counts 0; what stood in drafts alone is forgotten.
+    if (change === -1 && count === 0 && !tokens.includes(token)) counts.delete(place);
+    else counts.set(place, count);
+  }
+
+  /** Whether the slot's logits in a sampled row of the step are not sampled from as they are. */
+  adjusts(slot: number, sampledRow: number): boolean {
+    return this.#slots.has(slot) || this.#masked.has(sampledRow);
   }
 
   /**
    * The slot's next logits as they are sampled from.
    *
-   * @param raw (slice) is left as it is.
+   * @param sampledRow of the step: masks are by row. @param raw (slice) is left as it is.
+   * @param later tokens that the slot was fed after the row: they do not count yet.
    * @returns (slice) `raw` itself where nothing is adjusted, else a row that the next call overwrites.
    */
-  of(slot: number, raw: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> {
+  of(
+    slot: number,
+    sampledRow: number,
+    raw: Float32Array<ArrayBuffer>,
+    later: readonly number[],
+  ): Float32Array<ArrayBuffer> {
     const known = this.#slots.get(slot);
-    const mask = this.#masked.get(slot);
+    const mask = this.#masked.get(sampledRow);
     if (known === undefined && mask === undefined) return raw;
     const row = this.#row;
     row.set(raw);
-    if (known !== undefined) adjust(row, raw, known);
+    if (known !== undefined) {
+      this.rewind(slot, later.length);
+      adjust(row, raw, known);
+      for (const token of later) this.feed(slot, token);
+    }
     if (mask !== undefined) {
       for (let place = 0, id = this.#sliceStart; place < row.length; place += 1, id += 1) {
         if ((mask[id >> 3]! & (1 << (id & 7))) === 0) row[place] = -Infinity;

@@ -16,6 +16,8 @@ export class DevicePass implements Pass {
   readonly vocab: { readonly start: number; readonly count: number };
   readonly slots: Slots;
   readonly maxRows: number;
+  /** What a sequence leaves in its own slot is kept; there is no copy within the device yet. */
+  readonly copyPositions = null;
   readonly #device: OrtDevice;
   readonly #shard: DeviceShard;
   readonly #workspace: DeviceWorkspace;

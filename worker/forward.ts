@@ -3,12 +3,16 @@
  * reported.
  */
 import { CaravanError } from '../proto/errors.js';
-import type { FetchRow, RawLogits, Step, StepResult } from '../proto/gen/cluster.js';
+import type { FetchRow, Join, RawLogits, Rewinds, Step, StepResult } from '../proto/gen/cluster.js';
 import { AdjustedLogits } from './adjusted-logits.js';
 import type { Pacer } from './pacer.js';
 import type { Pass, Wish } from './pass.js';
 import { layOutStep, type StepLayout } from './step-layout.js';
 import { largestOf, logSumExp, selectTopK } from './top-k.js';
+
+const refuse = (message: string): never => {
+  throw new CaravanError('invalid_request', message);
+};
 
 export class Forward {
   readonly #pass: Pass;
@@ -19,8 +23,10 @@ export class Forward {
   readonly #reportsRaw: boolean[] = [];
   readonly #adjusted: AdjustedLogits;
   #lastStep = 0;
-  /** (sampled rows) slots of the last step. */
-  #lastSampledSlots: readonly number[] = [];
+  #lastLayout: Pick<StepLayout, 'sampledSlots' | 'laterTokens'> = {
+    sampledSlots: [],
+    laterTokens: [],
+  };
 
   constructor(pass: Pass, pacer: Pacer) {
     this.#pass = pass;
@@ -42,16 +48,8 @@ export class Forward {
     if (step.number !== this.#lastStep + 1) {
       throw new CaravanError('internal', `step ${step.number} follows step ${this.#lastStep}`);
     }
-    for (const join of step.joins) {
-      const { slot, temperature } = join;
-      if (slot >= slots.count) {
-        throw new CaravanError('invalid_request', `slot ${slot}: there are ${slots.count}`);
-      }
-      slots.lengths[slot] = 0;
-      this.#temperatures[slot] = temperature;
-      this.#reportsRaw[slot] = join.reportsRaw === true;
-      this.#adjusted.join(join);
-    }
+    for (const join of step.joins) this.#join(join);
+    this.#rewind(step.rewinds);
     const layout = layOutStep(step, {
       vocabSize: this.#pass.config.vocabSize,
       maxSeqLen: slots.maxSeqLen,
@@ -62,7 +60,7 @@ export class Forward {
     });
     this.#adjusted.mask(step.masking);
     this.#lastStep = step.number;
-    this.#lastSampledSlots = layout.sampledSlots;
+    this.#lastLayout = layout;
     const figures = await this.#pass.compute(layout, this.#wishOf(step, layout));
     for (const { firstSlot, batch, length } of layout.groups) {
       for (let slot = firstSlot; slot < firstSlot + batch; slot += 1) {
@@ -83,14 +81,49 @@ export class Forward {
     return result;
   }
 
+  /** A sequence begins, with what it keeps. */
+  #join(join: Join): void {
+    const { slots } = this.#pass;
+    const { slot, temperature, kept } = join;
+    if (slot >= slots.count) refuse(`slot ${slot}: there are ${slots.count}`);
+    const length = kept?.length ?? 0;
+    const source = kept?.copiedFrom ?? slot;
+    if (length > (slots.lengths[source] ?? 0)) {
+      refuse(`slot ${slot}: ${length} positions of slot ${source}, which has fewer`);
+    }
+    if (source !== slot && length > 0) {
+      if (this.#pass.copyPositions === null) refuse(`slot ${slot}: this device copies no slots`);
+      else this.#pass.copyPositions(source, slot, length);
+    }
+    slots.lengths[slot] = length;
+    this.#temperatures[slot] = temperature;
+    this.#reportsRaw[slot] = join.reportsRaw === true;
+    this.#adjusted.join(join);
+  }
+
+  #rewind(rewinds: Rewinds | undefined): void {
+    const { lengths } = this.#pass.slots;
+    rewinds?.slots.forEach((slot, i) => {
+      const length = rewinds.lengths[i] ?? 0;
+      if (length > (lengths[slot] ?? 0)) refuse(`slot ${slot}: cannot be rewound to ${length}`);
+      this.#adjusted.rewind(slot, lengths[slot]! - length);
+      lengths[slot] = length;
+    });
+  }
+
+  /** Whether a sequence can begin with what another slot holds. */
+  get copiesSlots(): boolean {
+    return this.#pass.copyPositions !== null;
+  }
+
   /** This rank's slice of a sampled row's logits. @throws CaravanError `not_found` for another step. */
   row({ stepNumber, row, isAdjusted }: FetchRow): Float32Array {
-    const slot = this.#lastSampledSlots[row];
+    const slot = this.#lastLayout.sampledSlots[row];
     if (stepNumber !== this.#lastStep || slot === undefined) {
       throw new CaravanError('not_found', `row ${row} of step ${stepNumber} is not kept`);
     }
     const raw = this.#pass.logits(row);
-    return isAdjusted ? this.#adjusted.of(slot, raw) : raw;
+    return isAdjusted ? this.#adjusted.of(slot, row, raw, this.#lastLayout.laterTokens[row]!) : raw;
   }
 
   #feedAdjustments({ decodeSlots, decodeTokens, chunks }: Step): void {
@@ -127,7 +160,7 @@ export class Forward {
       const isRaw = this.#reportsRaw[slot] === true;
       // A greedy row needs no probabilities, and raw ones are only for evaluation and logprobs.
       const needsRaw = isRaw || target >= 0;
-      if (!needsRaw && !this.#adjusted.adjusts(slot)) {
+      if (!needsRaw && !this.#adjusted.adjusts(slot, row)) {
         const { logSumExp: lse } = this.#pass.top(row, topIds, topLogits, row * k);
         lseRaw[row] = 0;
         lseAdjusted[row] = lse;
@@ -135,7 +168,7 @@ export class Forward {
         continue;
       }
       const raw = this.#pass.logits(row);
-      const adjusted = this.#adjusted.of(slot, raw);
+      const adjusted = this.#adjusted.of(slot, row, raw, layout.laterTokens[row]!);
       selectTopK(adjusted, 0, count, start, k, topIds, topLogits, row * k);
       const max = topLogits[row * k]!;
       const temperature = this.#temperatures[slot]!;

@@ -16,6 +16,7 @@ export class HostPass implements Pass {
   readonly vocab: { readonly start: number; readonly count: number };
   readonly slots: Slots;
   readonly maxRows: number;
+  readonly copyPositions: (from: number, to: number, count: number) => void;
   readonly #shard: Shard;
   readonly #kv: KvCache;
   readonly #workspace: Workspace;
@@ -31,6 +32,9 @@ export class HostPass implements Pass {
     this.maxRows = workspace.maxRows;
     this.#shard = shard;
     this.#kv = kv;
+    this.copyPositions = (from, to, count) => {
+      kv.copy(from, to, count);
+    };
     this.#workspace = workspace;
     this.#allReduce = allReduce;
   }

@@ -65,6 +65,20 @@ export class KvCache {
     return view;
   }
 
+  /** Copies the first `count` positions of a slot, in all layers. */
+  copy(from: number, to: number, count: number): void {
+    const [heads, , headSize] = this.#shape;
+    const headElements = this.#slotElements / heads;
+    for (const { keys, values } of this.#layers) {
+      for (let head = 0; head < heads; head += 1) {
+        const start = from * this.#slotElements + head * headElements;
+        const target = to * this.#slotElements + head * headElements;
+        keys.copyWithin(target, start, start + count * headSize);
+        values.copyWithin(target, start, start + count * headSize);
+      }
+    }
+  }
+
   release(): void {
     for (const view of this.#views.values()) {
       for (const { keys, values } of view) {

@@ -193,6 +193,7 @@ export class RankServer {
       bytesRead: shard.bytesRead,
       vocabStart: vocab.start,
       vocabCount: vocab.count,
+      copiesSlots: group.forward.copiesSlots,
       cachedBytes: shard.shard.cachedBytes,
       cacheFault: shard.cacheFault,
       device: this.#device.name,

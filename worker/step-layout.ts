@@ -23,6 +23,8 @@ export interface StepLayout {
   readonly sampledRows: readonly number[];
   /** (sampled rows) slot of each. */
   readonly sampledSlots: readonly number[];
+  /** (sampled rows) tokens of the row's slot that stand after it in this step: drafts. */
+  readonly laterTokens: readonly (readonly number[])[];
   /** (sampled rows) id whose logit is wanted, or -1. */
   readonly targets: readonly number[];
   /** Whether any chunk has targets; then `targets` counts. */
@@ -39,6 +41,8 @@ export interface StepLimits {
   readonly lengths: Int32Array;
 }
 
+const NONE: readonly number[] = [];
+
 const refuse = (message: string): never => {
   throw new CaravanError('invalid_request', message);
 };
@@ -54,6 +58,7 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
   const groups: AttentionGroup[] = [];
   const sampledRows: number[] = [];
   const sampledSlots: number[] = [];
+  const laterTokens: (readonly number[])[] = [];
   const targets: number[] = [];
   let hasTargets = false;
   const append = (slot: number, token: number, position: number): void => {
@@ -70,9 +75,10 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
     if (seen.has(slot)) refuse(`slot ${slot}: stands twice in one step`);
     seen.add(slot);
   };
-  const sample = (row: number, slot: number, target: number): void => {
+  const sample = (row: number, slot: number, target: number, later: readonly number[]): void => {
     sampledRows.push(row);
     sampledSlots.push(slot);
+    laterTokens.push(later);
     targets.push(target);
   };
 
@@ -82,7 +88,7 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
   step.decodeSlots.forEach((slot, i) => {
     claim(slot);
     append(slot, step.decodeTokens[i]!, limits.lengths[slot]!);
-    sample(i, slot, -1);
+    sample(i, slot, -1, NONE);
     const last = groups.at(-1);
     if (last !== undefined && last.firstSlot + last.batch === slot) {
       groups[groups.length - 1] = { ...last, batch: last.batch + 1 };
@@ -102,7 +108,11 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
       groups.push({ firstRow: firstRow + start, firstSlot: slot, batch: 1, length: count });
     }
     hasTargets ||= chunk.targets.length > 0;
-    for (const row of sampledOf(chunk)) sample(firstRow + row, slot, chunk.targets[row] ?? -1);
+    for (const row of sampledOf(chunk)) {
+      // Only drafts are sampled before their chunk's end without a target.
+      const later = chunk.targets.length > 0 ? NONE : chunk.tokens.slice(row + 1);
+      sample(firstRow + row, slot, chunk.targets[row] ?? -1, later);
+    }
   }
   if (tokens.length === 0) refuse('an empty step');
   if (tokens.length > limits.maxStepRows) {
@@ -115,6 +125,7 @@ export function layOutStep(step: Step, limits: StepLimits): StepLayout {
     groups,
     sampledRows,
     sampledSlots,
+    laterTokens,
     targets,
     hasTargets,
   };

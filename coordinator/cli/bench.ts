@@ -17,7 +17,16 @@ const count = (least: number, most: number) =>
   checked(z.coerce.number().int().min(least).max(most), `a whole number from ${least} to ${most}`);
 
 /** What a Caravan of its own is started with. */
-const upSettings = ['model', 'tp', 'device', 'weights', 'exact', 'transport', 'maxSeqLen'] as const;
+const upSettings = [
+  'model',
+  'tp',
+  'device',
+  'weights',
+  'exact',
+  'transport',
+  'speculation',
+  'maxSeqLen',
+] as const;
 const settingNames = [...upSettings, 'maxBatchSize', 'servedModelName', 'apiKey', 'json'] as const;
 
 interface OwnOptions {

@@ -4,6 +4,7 @@ import type { Command } from 'commander';
 import { CaravanError } from '../../proto/errors.js';
 import { RankEngine } from '../engine.js';
 import { DEFAULT_MAX_STEP_ROWS, weightCacheSettingNames, weightCacheTerms } from '../group-spec.js';
+import { draftTokensOf } from '../speculation.js';
 import { withLocalGroup } from '../local-group.js';
 import { openModelChat } from '../model-tokenizer.js';
 import { promptOf } from '../prompt.js';
@@ -36,6 +37,7 @@ export function register(program: Command): void {
       'exact',
       'transport',
       ...weightCacheSettingNames,
+      'speculation',
       'maxSeqLen',
       'prompt',
       'chat',
@@ -82,7 +84,11 @@ export function register(program: Command): void {
           stop: s.stop ?? [],
           ignoreEos: s.ignoreEos,
         };
-        const engine = new RankEngine(ranks, tokenizer, { ...spec, isExact: s.exact });
+        const engine = new RankEngine(ranks, tokenizer, {
+          ...spec,
+          isExact: s.exact,
+          draftTokens: draftTokensOf(s.speculation),
+        });
         const show = s.json ? () => undefined : (text: string) => process.stdout.write(text);
         return generateOnce(engine, request, show, interrupted.signal);
       },

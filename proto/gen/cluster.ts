@@ -194,6 +194,10 @@ export interface Loaded {
   /** First id of this rank's slice of the vocabulary, and its size. */
   vocabStart: number;
   vocabCount: number;
+  /** Whether Kept.copied_from can be asked for. */
+  copiesSlots?:
+    | boolean
+    | undefined;
   /** Bytes of the weight cache that are mapped: 0 when the weights came from the checkpoint. */
   cachedBytes: number;
   /** Why these weights were not kept for the next start, in a line; empty where they were, or need not be. */
@@ -209,7 +213,7 @@ export interface Loaded {
 export interface Step {
   /** From 1, each one more than the last. */
   number: number;
-  /** Sequences that begin: their slot's length becomes 0 before the pass. */
+  /** Sequences that begin, one after the other, before the pass. */
   joins: Join[];
   /** Slots that append one token each, ascending, and that token. */
   decodeSlots: number[];
@@ -222,7 +226,17 @@ export interface Step {
     | number
     | undefined;
   /** Which tokens may follow in this step's sampled rows; left out where all may. */
-  masking?: Masking | undefined;
+  masking?:
+    | Masking
+    | undefined;
+  /** Drafts that were not what was sampled: their positions are given up before the pass. Left out where there are none. */
+  rewinds?: Rewinds | undefined;
+}
+
+/** Each slot's length becomes the smaller one given. */
+export interface Rewinds {
+  slots: number[];
+  lengths: number[];
 }
 
 /**
@@ -231,8 +245,8 @@ export interface Step {
  */
 export interface Masking {
   newMasks: Mask[];
-  /** Slots whose sampled rows are masked in this step, each at most once, and the number of each one's mask. */
-  slots: number[];
+  /** Sampled rows that are masked, counted among the step's sampled rows, and the number of each one's mask. */
+  rows: number[];
   maskNumbers: number[];
 }
 
@@ -246,6 +260,7 @@ export interface Mask {
   allowed: Buffer;
 }
 
+/** A sequence begins: its slot's length becomes that of what is kept, or 0. */
 export interface Join {
   slot: number;
   /** Divides the logits for `lse_adjusted`; 0 (greedy) leaves it out of the computation. */
@@ -255,7 +270,22 @@ export interface Join {
     | Adjustment
     | undefined;
   /** Whether sampled rows of this slot come with raw logits, for logprobs. */
-  reportsRaw?: boolean | undefined;
+  reportsRaw?:
+    | boolean
+    | undefined;
+  /** Left out where the sequence begins at position 0. */
+  kept?: Kept | undefined;
+}
+
+/** Positions at a sequence's beginning that are in the KV cache already. */
+export interface Kept {
+  length: number;
+  /** Slot whose first positions are copied into this one; left out where they are this slot's own. */
+  copiedFrom?:
+    | number
+    | undefined;
+  /** With an adjustment: the tokens of the positions, which are counted as if they were fed. */
+  tokens: number[];
 }
 
 /**
@@ -1017,6 +1047,7 @@ function createBaseLoaded(): Loaded {
     bytesRead: 0,
     vocabStart: 0,
     vocabCount: 0,
+    copiesSlots: undefined,
     cachedBytes: 0,
     cacheFault: "",
     device: "",
@@ -1039,6 +1070,9 @@ export const Loaded: MessageFns<Loaded> = {
     }
     if (message.vocabCount !== 0) {
       writer.uint32(40).uint32(message.vocabCount);
+    }
+    if (message.copiesSlots !== undefined) {
+      writer.uint32(120).bool(message.copiesSlots);
     }
     if (message.cachedBytes !== 0) {
       writer.uint32(48).uint64(message.cachedBytes);
@@ -1105,6 +1139,14 @@ export const Loaded: MessageFns<Loaded> = {
             message.vocabCount = reader.uint32();
             continue;
           }
+          case 15: {
+            if (tag !== 120) {
+              break;
+            }
+
+            message.copiesSlots = reader.bool();
+            continue;
+          }
           case 6: {
             if (tag !== 48) {
               break;
@@ -1152,6 +1194,7 @@ function createBaseStep(): Step {
     topK: 0,
     rawTopK: undefined,
     masking: undefined,
+    rewinds: undefined,
   };
 }
 
@@ -1188,6 +1231,9 @@ export const Step: MessageFns<Step> = {
     }
     if (message.masking !== undefined) {
       Masking.encode(message.masking, writer.uint32(66).fork()).join();
+    }
+    if (message.rewinds !== undefined) {
+      Rewinds.encode(message.rewinds, writer.uint32(74).fork()).join();
     }
     return writer;
   },
@@ -1289,6 +1335,99 @@ export const Step: MessageFns<Step> = {
             message.masking = Masking.decode(reader, reader.uint32());
             continue;
           }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.rewinds = Rewinds.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseRewinds(): Rewinds {
+  return { slots: [], lengths: [] };
+}
+
+export const Rewinds: MessageFns<Rewinds> = {
+  encode(message: Rewinds, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.slots.length !== 0) {
+      writer.uint32(10).fork();
+      for (const v of message.slots) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    if (message.lengths.length !== 0) {
+      writer.uint32(18).fork();
+      for (const v of message.lengths) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Rewinds {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRewinds();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag === 8) {
+              message.slots.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 10) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.slots.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 2: {
+            if (tag === 16) {
+              message.lengths.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 18) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.lengths.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1303,7 +1442,7 @@ export const Step: MessageFns<Step> = {
 };
 
 function createBaseMasking(): Masking {
-  return { newMasks: [], slots: [], maskNumbers: [] };
+  return { newMasks: [], rows: [], maskNumbers: [] };
 }
 
 export const Masking: MessageFns<Masking> = {
@@ -1311,9 +1450,9 @@ export const Masking: MessageFns<Masking> = {
     for (const v of message.newMasks) {
       Mask.encode(v!, writer.uint32(10).fork()).join();
     }
-    if (message.slots.length !== 0) {
+    if (message.rows.length !== 0) {
       writer.uint32(18).fork();
-      for (const v of message.slots) {
+      for (const v of message.rows) {
         writer.uint32(v);
       }
       writer.join();
@@ -1351,7 +1490,7 @@ export const Masking: MessageFns<Masking> = {
           }
           case 2: {
             if (tag === 16) {
-              message.slots.push(reader.uint32());
+              message.rows.push(reader.uint32());
 
               continue;
             }
@@ -1359,7 +1498,7 @@ export const Masking: MessageFns<Masking> = {
             if (tag === 18) {
               const end2 = reader.uint32() + reader.pos;
               while (reader.pos < end2) {
-                message.slots.push(reader.uint32());
+                message.rows.push(reader.uint32());
               }
 
               continue;
@@ -1456,7 +1595,7 @@ export const Mask: MessageFns<Mask> = {
 };
 
 function createBaseJoin(): Join {
-  return { slot: 0, temperature: 0, adjustment: undefined, reportsRaw: undefined };
+  return { slot: 0, temperature: 0, adjustment: undefined, reportsRaw: undefined, kept: undefined };
 }
 
 export const Join: MessageFns<Join> = {
@@ -1472,6 +1611,9 @@ export const Join: MessageFns<Join> = {
     }
     if (message.reportsRaw !== undefined) {
       writer.uint32(32).bool(message.reportsRaw);
+    }
+    if (message.kept !== undefined) {
+      Kept.encode(message.kept, writer.uint32(42).fork()).join();
     }
     return writer;
   },
@@ -1520,6 +1662,96 @@ export const Join: MessageFns<Join> = {
 
             message.reportsRaw = reader.bool();
             continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.kept = Kept.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+};
+
+function createBaseKept(): Kept {
+  return { length: 0, copiedFrom: undefined, tokens: [] };
+}
+
+export const Kept: MessageFns<Kept> = {
+  encode(message: Kept, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.length !== 0) {
+      writer.uint32(8).uint32(message.length);
+    }
+    if (message.copiedFrom !== undefined) {
+      writer.uint32(16).uint32(message.copiedFrom);
+    }
+    if (message.tokens.length !== 0) {
+      writer.uint32(26).fork();
+      for (const v of message.tokens) {
+        writer.uint32(v);
+      }
+      writer.join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Kept {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseKept();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.length = reader.uint32();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.copiedFrom = reader.uint32();
+            continue;
+          }
+          case 3: {
+            if (tag === 24) {
+              message.tokens.push(reader.uint32());
+
+              continue;
+            }
+
+            if (tag === 26) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.tokens.push(reader.uint32());
+              }
+
+              continue;
+            }
+
+            break;
           }
         }
         if ((tag & 7) === 4 || tag === 0) {
