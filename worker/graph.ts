@@ -10,7 +10,7 @@
  * order inside the graph, so that every rank computes the same sum, bit for bit.
  */
 import type { LlamaConfig } from '../model/config.js';
-import type { RankPlan } from '../model/plan.js';
+import type { Range, RankPlan } from '../model/plan.js';
 import { GraphBuilder, float, int, MICROSOFT, type Graph } from './graph-builder.js';
 import type { Linear } from './linear.js';
 import { elementType } from './ort.js';
@@ -125,31 +125,49 @@ export function attentionOutGraph({ config }: GraphShape, o: Linear): Graph {
   return graph.finish();
 }
 
-/** Inputs h and partials; outputs newH and this rank's partial. `gateUp` holds gate's rows, then up's. */
+/**
+ * Inputs h and partials; outputs newH and this rank's partial. `gateUp` holds gate's rows, then up's.
+ *
+ * @param isMore adds to a partial that other columns of the network made, an input more, and has no newH.
+ */
 export function ffnGraph(
   shape: GraphShape,
   weights: { readonly norm: Float32Array; readonly gateUp: Linear; readonly down: Linear },
+  isMore = false,
 ): Graph {
-  const { config, plan } = shape;
+  const { config } = shape;
+  const width = weights.down.inputs;
   const graph = new GraphBuilder();
   const delta = graph.sumPartials(residualInputs(graph, shape));
-  graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', 'newH');
+  graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', isMore ? '' : 'newH');
   graph.linear('x', weights.gateUp, 'gateUp', 'fine');
-  splitLast(graph, 'gateUp', [plan.ffn.count, plan.ffn.count], ['gate', 'up']);
+  splitLast(graph, 'gateUp', [width, width], ['gate', 'up']);
   // x · sigmoid(x)
   graph.node('QuickGelu', ['gate'], ['gate.silu'], [float('alpha', 1)], MICROSOFT);
   graph.node('Mul', ['gate.silu', 'up'], ['gated']);
   // Llama's massive activations: the first token's, above all.
-  graph.linear('gated', weights.down, 'partial', 'fine');
-  graph.output('newH', float32, [1, 'rows', config.hiddenSize]);
-  graph.output('partial', float32, [1, 'rows', config.hiddenSize]);
+  graph.linear('gated', weights.down, isMore ? 'more' : 'partial', 'fine');
+  const hidden = [1, 'rows', config.hiddenSize];
+  if (isMore) {
+    graph.input('before', float32, hidden);
+    graph.node('Add', ['before', 'more'], ['partial']);
+  } else {
+    graph.output('newH', float32, hidden);
+  }
+  graph.output('partial', float32, hidden);
   return graph.finish();
 }
 
-/** Inputs h, partials and the sampled rows; output logits (1, sampled, this rank's vocabulary). */
+/**
+ * Inputs h, partials and the sampled rows; output logits (1, sampled, this rank's vocabulary).
+ *
+ * @param part which rows of this rank's vocabulary `head` has, where it has not all: the logits of the others are
+ *   zero, or those of an input more if it does not begin with the first.
+ */
 export function headGraph(
   shape: GraphShape,
   weights: { readonly norm: Float32Array; readonly head: Linear },
+  part: Range = { start: 0, count: shape.plan.vocab.count },
 ): Graph {
   const { config, plan } = shape;
   const graph = new GraphBuilder();
@@ -161,7 +179,20 @@ export function headGraph(
   });
   const delta = graph.sumPartials(partials);
   graph.addAndNorm(h!, delta, weights.norm, config.normEps, 'x', '');
-  graph.linear('x', weights.head, 'logits', 'fine');
-  graph.output('logits', float32, [1, 'sampled', plan.vocab.count]);
+  const all = [1, 'sampled', plan.vocab.count];
+  const isFirst = part.start === 0;
+  if (isFirst && part.count === plan.vocab.count) {
+    graph.linear('x', weights.head, 'logits', 'fine');
+  } else {
+    graph.linear('x', weights.head, 'own', 'fine');
+    const after = plan.vocab.count - part.start - part.count;
+    const pads = graph.integers('pads', [0, 0, part.start, 0, 0, after]);
+    graph.node('Pad', ['own', pads], [isFirst ? 'logits' : 'padded']);
+    if (!isFirst) {
+      graph.input('before', float32, all);
+      graph.node('Add', ['before', 'padded'], ['logits']);
+    }
+  }
+  graph.output('logits', float32, all);
   return graph.finish();
 }

@@ -1,9 +1,12 @@
 /** A file seen as memory: its pages are read when they are looked at, and shared by all processes that map it. */
 import koffi from 'koffi';
 import { CaravanError } from '../proto/errors.js';
+import { allocateBytes } from './memory.js';
 
 const PROT_READ = 1;
+const PROT_READ_WRITE = 3;
 const MAP_PRIVATE = 2;
+const MAP_ANONYMOUS = 0x20;
 const MADV_WILLNEED = 3;
 const MADV_DONTNEED = 4;
 const PAGE_BYTES = 4096;
@@ -66,5 +69,32 @@ export class MappedFile {
   /** Nothing may look at a view any more. */
   close(): void {
     libC().munmap(this.#address, this.byteCount);
+  }
+}
+
+/** Zeroed memory that is given back by hand, where the system lets us map it; else it is the garbage collector's. */
+export class ScratchMemory {
+  readonly bytes: ArrayBuffer;
+  readonly #address: bigint | null;
+
+  /** @throws CaravanError `out_of_memory`. */
+  constructor(byteCount: number) {
+    if (!canMapFiles() || byteCount === 0) {
+      this.bytes = allocateBytes(byteCount);
+      this.#address = null;
+      return;
+    }
+    const flags = MAP_PRIVATE | MAP_ANONYMOUS;
+    const address = libC().mmap(null, byteCount, PROT_READ_WRITE, flags, -1, 0);
+    if (address === BigInt.asUintN(64, -1n)) {
+      throw new CaravanError('out_of_memory', `cannot reserve ${byteCount} bytes`);
+    }
+    this.#address = address;
+    this.bytes = koffi.view(address, byteCount);
+  }
+
+  /** Nothing may look at `bytes` any more. */
+  release(): void {
+    if (this.#address !== null) libC().munmap(this.#address, this.bytes.byteLength);
   }
 }

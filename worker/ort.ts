@@ -63,7 +63,9 @@ export class Session {
   readonly #outputNames: NamePointers;
   readonly #inputs: BigUint64Array;
   readonly #outputs: BigUint64Array;
-  readonly #kept: unknown[] = [];
+  readonly #kept: (() => void)[] = [];
+  #followers: readonly Session[] = [];
+  #isReleased = false;
 
   constructor(
     ort: Ort,
@@ -84,16 +86,32 @@ export class Session {
     for (let i = 0; i < this.#inputs.length; i += 1) this.#inputs[i] = inputs[i]!.pointer;
     for (let i = 0; i < this.#outputs.length; i += 1) this.#outputs[i] = outputs[i]!.pointer;
     this.#ort.run(this.#pointer, this.#inputNames, this.#inputs, this.#outputNames, this.#outputs);
+    if (this.#followers.length === 0) return;
+    const last = outputs.at(-1)!;
+    for (const follower of this.#followers) follower.run([...inputs, last], [last]);
   }
 
-  /** Keeps what the runtime reads where it is, as long as the session lives. */
-  keep(memory: unknown): void {
-    this.#kept.push(memory);
+  /**
+   * Has others run after each run: they get the same inputs and our last output, which they write anew. What is too
+   * large for one session is computed so, part by part. They are released with this one.
+   */
+  followedBy(followers: readonly Session[]): this {
+    this.#followers = followers;
+    return this;
   }
 
+  /** Keeps what the runtime reads where it is, as long as the session lives; then it is let go. */
+  keep(release: () => void): void {
+    this.#kept.push(release);
+  }
+
+  /** Once is enough: who releases all sessions of a failed load meets followers twice. */
   release(): void {
+    if (this.#isReleased) return;
+    this.#isReleased = true;
+    for (const follower of this.#followers) follower.release();
     this.#ort.releaseSession(this.#pointer);
-    this.#kept.length = 0;
+    for (const letGo of this.#kept.splice(0)) letGo();
   }
 }
 

@@ -35,9 +35,12 @@ import {
 } from './weight-file.js';
 
 /** Raised when files of before would be misread, or hold what nobody computes any more. */
-const FORMAT_VERSION = 1;
+const FORMAT_VERSION = 2;
 /** Of a file system that is nearly full nothing is taken: databases need it more. */
 const LEAST_FREE_SHARE = 0.05;
+
+/** No session gets less of a matrix that is cut. */
+const SMALLEST_PART_BYTES = 1 << 26;
 
 /** What a rank's weights depend on. */
 export interface WeightsOrigin {
@@ -65,9 +68,10 @@ export class WeightCache {
     this.#file = path.join(this.#folder, cacheFileName(name));
     this.#owner = { digest, rank };
     this.#maxBytes = terms.maxBytes;
-    // A layer has two norms and four matrices, of at most three arrays each.
-    const arrayCount = forms.variants.length * 14 * checkpoint.config.layerCount + 8;
-    this.#byteCount = weightFileBytes(weightBytes(checkpoint.config, plan, forms), arrayCount);
+    const held = weightBytes(checkpoint.config, plan, forms);
+    // A layer has two norms and four matrices, of at most three arrays each; large ones come in parts.
+    const parts = checkpoint.config.layerCount + held / SMALLEST_PART_BYTES;
+    this.#byteCount = weightFileBytes(held, forms.variants.length * 14 * Math.ceil(parts));
   }
 
   /** @returns null where weights are not kept: by the terms, by the system, or because nothing would be gained. */

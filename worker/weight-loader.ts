@@ -12,6 +12,7 @@ import { linearWriter, type ArraySource, type Linear } from './linear.js';
 import { elementType, type Ort, type Session } from './ort.js';
 import { allocate, allocateBytes } from './memory.js';
 import { recording, type WeightRecorder } from './weight-cache.js';
+import { ScratchMemory } from './mapped-file.js';
 import type { WeightFileReader } from './weight-file.js';
 
 /** Floats that are read before they are turned into another form. */
@@ -64,6 +65,7 @@ export class WeightLoader {
 
   close(): void {
     this.#reader.close();
+    this.#pool.release();
   }
 
   /** The arrays of a matrix may be written again: whoever needed them has copies. */
@@ -80,18 +82,25 @@ export class WeightLoader {
     return values;
   }
 
-  /** One matrix of the rows of all parts, in each of the forms. */
-  async matrix(forms: readonly WeightForm[], ...parts: TensorSlice[]): Promise<Linear[]> {
+  /**
+   * One matrix of the rows of all parts, in each of the forms.
+   *
+   * @param also hears of the rows too, when they are read.
+   */
+  async matrix(
+    forms: readonly WeightForm[],
+    parts: readonly TensorSlice[],
+    also?: RowSink['write'],
+  ): Promise<Linear[]> {
     const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
     const inputs = parts[0]!.columns.count;
     const { writers } = await this.rows(parts, this.#pool, (arrays) => {
       const writers = forms.map((form) => linearWriter(form, outputs, inputs, arrays));
-      return {
-        writers,
-        write: (rows, first, count) => {
-          for (const writer of writers) writer.write(rows, first, count);
-        },
+      const write: RowSink['write'] = (rows, first, count) => {
+        for (const writer of writers) writer.write(rows, first, count);
+        also?.(rows, first, count);
       };
+      return { writers, write };
     });
     return writers.map(({ linear }) => linear);
   }
@@ -108,7 +117,9 @@ export class WeightLoader {
     arrays: ArraySource,
     build: (arrays: ArraySource) => T,
   ): Promise<T> {
-    const { sink } = await this.#build(parts[0]!.tensor, arrays, (source) => {
+    const { tensor, rows, columns } = parts[0]!;
+    const name = [tensor, rows.start, columns.start].join(' ');
+    const { sink } = await this.#build(name, arrays, (source) => {
       const sink = build(source);
       return { sink, read: () => this.#readRows(parts, sink) };
     });
@@ -120,6 +131,21 @@ export class WeightLoader {
     arrays: ArraySource,
     build: (arrays: ArraySource) => T,
   ): Promise<T> {
+    const { built, keep } = await this.hold(name, arrays, build);
+    if (this.#source.kind === 'checkpoint') await built.read();
+    keep();
+    return built;
+  }
+
+  /**
+   * What is built of arrays of the cache, which are as they were when they were kept; else of new ones, to be filled
+   * from the checkpoint and then kept.
+   */
+  async hold<T>(
+    name: string,
+    arrays: ArraySource,
+    build: (arrays: ArraySource) => T,
+  ): Promise<{ readonly built: T; readonly keep: () => void }> {
     const taken: ArrayBuffer[] = [];
     const nameOf = (index: number): string => `${name} ${index}`;
     if (this.#signal.aborted) throw new CaravanError('cancelled', 'loading was cancelled');
@@ -134,15 +160,21 @@ export class WeightLoader {
         this.#mappedBytes += array.byteLength;
         this.#onProgress(this.#mappedBytes);
       }
-      return built;
+      return { built, keep: () => undefined };
     }
     const { recorder } = this.#source;
     // The arrays of a pool may still be on their way to the disk.
     await recorder?.settled();
     const built = build(recording(arrays, taken));
-    await built.read();
-    taken.forEach((array, i) => recorder?.append(nameOf(i), array));
-    return built;
+    const keep = (): void => {
+      taken.forEach((array, i) => recorder?.append(nameOf(i), array));
+    };
+    return { built, keep };
+  }
+
+  /** Reads the rows of all parts into what holds them; nothing where it came from the cache. */
+  async fill(parts: readonly TensorSlice[], sink: RowSink): Promise<void> {
+    if (this.#source.kind === 'checkpoint') await this.#readRows(parts, sink);
   }
 
   async #readRows(parts: readonly TensorSlice[], sink: RowSink): Promise<void> {
@@ -169,7 +201,7 @@ export class WeightLoader {
   open(graph: Graph, matrices: readonly Linear[]): Session {
     const session = this.#ort.createSession(graph);
     for (const matrix of matrices) {
-      if (!this.#packing.packs(matrix)) session.keep(matrix);
+      if (!this.#packing.packs(matrix)) session.keep(this.#pool.leave(matrix));
       else if (this.#source.kind === 'checkpoint') this.#pool.giveBack(matrix);
       else
         for (const { buffer } of arraysOf(matrix)) this.#source.file.forget(buffer as ArrayBuffer);
@@ -178,21 +210,57 @@ export class WeightLoader {
   }
 }
 
-/** Arrays of matrices whose sessions are made, by size. Layers are alike, so that few are needed. */
+/** Free memory beyond this is given back before more is taken. */
+const POOL_BYTES = 192 << 20;
+
+/**
+ * Memory of matrices until their sessions are made, to be used again by the next ones of the same size. It is mapped by
+ * itself and given back by hand: what a garbage collector may leave for later would be the largest part of a rank.
+ */
 class ArrayPool implements ArraySource {
-  readonly #free = new Map<number, ArrayBuffer[]>();
+  readonly #free: ScratchMemory[] = [];
+  readonly #used = new Map<ArrayBufferLike, ScratchMemory>();
 
   take(byteCount: number): ArrayBuffer {
-    return this.#free.get(byteCount)?.pop() ?? allocateBytes(byteCount);
+    const index = this.#free.findIndex(({ bytes }) => bytes.byteLength === byteCount);
+    const memory = index === -1 ? this.#reserve(byteCount) : this.#free.splice(index, 1)[0]!;
+    this.#used.set(memory.bytes, memory);
+    return memory.bytes;
   }
 
   /** The arrays of a matrix may be written again: whoever needed them has copies. */
   giveBack(matrix: Linear): void {
     for (const { buffer } of arraysOf(matrix)) {
-      const list = this.#free.get(buffer.byteLength) ?? [];
-      list.push(buffer as ArrayBuffer);
-      this.#free.set(buffer.byteLength, list);
+      const memory = this.#used.get(buffer);
+      if (memory === undefined) continue;
+      this.#used.delete(buffer);
+      this.#free.push(memory);
     }
+  }
+
+  /** The matrix stays. @returns what gives its memory back. */
+  leave(matrix: Linear): () => void {
+    const memories = arraysOf(matrix).flatMap(({ buffer }) => this.#used.get(buffer) ?? []);
+    for (const { bytes } of memories) this.#used.delete(bytes);
+    return () => {
+      for (const memory of memories) memory.release();
+    };
+  }
+
+  release(): void {
+    for (const memory of [...this.#free.splice(0), ...this.#used.values()]) memory.release();
+    this.#used.clear();
+  }
+
+  #reserve(byteCount: number): ScratchMemory {
+    // Oldest first; what is in use is little, since segments are loaded one after the other.
+    let held = byteCount + this.#free.reduce((sum, { bytes }) => sum + bytes.byteLength, 0);
+    while (held > POOL_BYTES && this.#free.length > 0) {
+      const oldest = this.#free.shift()!;
+      held -= oldest.bytes.byteLength;
+      oldest.release();
+    }
+    return new ScratchMemory(byteCount);
   }
 }
 
