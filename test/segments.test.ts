@@ -7,8 +7,9 @@ import { after, test } from 'node:test';
 import { openCheckpoint } from '../model/checkpoint.js';
 import { planRanks } from '../model/plan.js';
 import { weightForms, type WeightsMode } from '../model/weights.js';
-import { SampledRows, Transport, Weights } from '../proto/gen/cluster.js';
+import { DeviceKind, SampledRows, Transport, Weights } from '../proto/gen/cluster.js';
 import { Group } from '../worker/group.js';
+import { HostShard } from '../worker/host-device.js';
 import { Lobby } from '../worker/lobby.js';
 import { Ort } from '../worker/ort.js';
 import { partsOf, Shard } from '../worker/shard.js';
@@ -41,9 +42,14 @@ async function logitsOf(
   const load = {
     ...{ protocol: 0, modelPath, checkpointDigest: digest, weights: Weights.WEIGHTS_INT8 },
     ...{ rank: 0, peers: ['127.0.0.1:1'], group: 'alone', isExact: false, weightCache: undefined },
-    ...{ transport: Transport.TRANSPORT_UNSPECIFIED, ...LIMITS },
+    ...{
+      transport: Transport.TRANSPORT_UNSPECIFIED,
+      device: DeviceKind.DEVICE_KIND_UNSPECIFIED,
+      ...LIMITS,
+    },
   };
-  const group = await Group.join(ort, shard, load, new Lobby(), signal);
+  const own = new HostShard(ort, shard, { cachedBytes: 0, cacheFault: '' });
+  const group = await Group.join(own, load, new Lobby(), signal);
   const step = (number: number, tokens: readonly number[], joins: boolean) => ({
     number,
     joins: joins ? [{ slot: 0, temperature: 0 }] : [],

@@ -33,7 +33,8 @@ export class HostDevice implements Device {
   }
 }
 
-class HostShard implements LoadedShard {
+/** A shard in host memory, whole: weights, and what computes with them. */
+export class HostShard implements LoadedShard {
   readonly #ort: Ort;
   readonly #shard: Shard;
   readonly cachedBytes: number;

@@ -94,14 +94,11 @@ export class Shard {
       const heads: Session[] = [];
       for (const part of partsOf(vocab, Math.ceil(headBytes / segmentBytes), VOCAB_GRID)) {
         const own = within(slices.head.rows, part);
-        // A tied head is read once, with the embedding.
-        const also = isTied
-          ? (rows: Float32Array, first: number, count: number): void => {
-              embedding.write(rows, part.start + first, count);
-            }
-          : undefined;
         const slice = { ...slices.head, rows: own };
-        const [head] = await loader.matrix([forms.head], [slice], also);
+        const [head] = await loader.matrixHeard([forms.head], [slice], (rows, first, count) => {
+          // A tied head is read once, with the embedding.
+          if (isTied) embedding.write(rows, part.start + first, count);
+        });
         heads.push(open(headGraph(shape, { norm, head: head! }, part), head!));
       }
       keep();
@@ -181,11 +178,11 @@ async function loadLayer(
   const { config, plan } = shape;
   const formsOf = (matrix: 'qkv' | 'o' | 'gateUp' | 'down') => variants.map((v) => v[matrix]);
   const attentionNorm = await loader.vector(slices.attentionNorm);
-  const qkv = await loader.matrix(formsOf('qkv'), [slices.q, slices.k, slices.v]);
+  const qkv = await loader.matrix(formsOf('qkv'), slices.q, slices.k, slices.v);
   const attentionIn = qkv.map((matrix) =>
     open(attentionInGraph(shape, { norm: attentionNorm, qkv: matrix }), matrix),
   );
-  const o = await loader.matrix(formsOf('o'), [slices.o]);
+  const o = await loader.matrix(formsOf('o'), slices.o);
   const attentionOut = o.map((matrix) => open(attentionOutGraph(shape, matrix), matrix));
   const norm = await loader.vector(slices.ffnNorm);
   const ffnBytes = variants.reduce(
@@ -198,12 +195,13 @@ async function loadLayer(
   const ffn: Session[][] = variants.map(() => []);
   for (const part of partsOf(plan.ffn, Math.ceil(ffnBytes / segmentBytes), FFN_GRID)) {
     const { gate, up, down } = slices;
-    const gateUp = await loader.matrix(formsOf('gateUp'), [
+    const gateUp = await loader.matrix(
+      formsOf('gateUp'),
       { ...gate, rows: within(gate.rows, part) },
       { ...up, rows: within(up.rows, part) },
-    ]);
+    );
     const columns = within(down.columns, part);
-    const downs = await loader.matrix(formsOf('down'), [{ ...down, columns }]);
+    const downs = await loader.matrix(formsOf('down'), { ...down, columns });
     ffn.forEach((sessions, i) => {
       const weights = { norm, gateUp: gateUp[i]!, down: downs[i]! };
       const graph = ffnGraph(shape, weights, sessions.length > 0);

@@ -82,15 +82,16 @@ export class WeightLoader {
     return values;
   }
 
-  /**
-   * One matrix of the rows of all parts, in each of the forms.
-   *
-   * @param also hears of the rows too, when they are read.
-   */
-  async matrix(
+  /** One matrix of the rows of all parts, in each of the forms. */
+  async matrix(forms: readonly WeightForm[], ...parts: TensorSlice[]): Promise<Linear[]> {
+    return this.matrixHeard(forms, parts, () => undefined);
+  }
+
+  /** As `matrix`. @param hear gets the rows too, when they are read. */
+  async matrixHeard(
     forms: readonly WeightForm[],
     parts: readonly TensorSlice[],
-    also?: RowSink['write'],
+    hear: RowSink['write'],
   ): Promise<Linear[]> {
     const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
     const inputs = parts[0]!.columns.count;
@@ -98,7 +99,7 @@ export class WeightLoader {
       const writers = forms.map((form) => linearWriter(form, outputs, inputs, arrays));
       const write: RowSink['write'] = (rows, first, count) => {
         for (const writer of writers) writer.write(rows, first, count);
-        also?.(rows, first, count);
+        hear(rows, first, count);
       };
       return { writers, write };
     });
