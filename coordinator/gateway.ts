@@ -13,6 +13,7 @@ import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
 import { Backlog } from './queue-backlog.js';
 import { QueueBoard, type BoardMode } from './queue-board.js';
+import { JobsServer } from './rpc.js';
 import { ScalerServer } from './scaler.js';
 import { Store } from './store.js';
 import { WebhookRecords } from './store-webhooks.js';
@@ -32,6 +33,8 @@ export interface GatewayOptions {
   readonly port: number;
   /** Where KEDA asks for the work there is; 0 takes a free one, left out serves none. */
   readonly scalerPort?: number | undefined;
+  /** Where jobs are served over gRPC; 0 takes a free one, left out serves none. */
+  readonly grpcPort?: number | undefined;
   /** Of uploaded files and of batch results; gateways of one Redis should share it. */
   readonly storage: FileStorage;
   readonly fileLimits: FileLimits;
@@ -42,8 +45,14 @@ export interface GatewayOptions {
   readonly webhookSecret?: string | undefined;
   /** Hosts, addresses and ranges that webhooks may call beside the public internet. */
   readonly webhookAllow?: readonly string[] | undefined;
-  /** Called once, with the address that is served, and the scaler's port. */
-  readonly onReady: (url: string, scalerPort: number | null) => void;
+  /** Called once. */
+  readonly onReady: (served: ServedAddresses) => void;
+}
+
+export interface ServedAddresses {
+  readonly url: string;
+  readonly scalerPort: number | null;
+  readonly grpcPort: number | null;
 }
 
 /** Batches take what nobody else wants: the least urgent of JobTerms. */
@@ -61,7 +70,8 @@ export async function runGateway(
   stopping: AbortSignal,
   log: Logger,
 ): Promise<void> {
-  const { redisUrl, host, port, scalerPort, storage, fileLimits, batchLimits, onReady } = options;
+  const { redisUrl, host, port, scalerPort, grpcPort, onReady } = options;
+  const { storage, fileLimits, batchLimits } = options;
   const onRedisError = (error: Error): void => {
     log.warn({ redis: error.message }, 'Redis');
   };
@@ -98,11 +108,13 @@ export async function runGateway(
   const sender =
     secret === undefined || policy === null ? null : new Webhooks({ ...sending, secret, policy });
   const scaler = scalerPort === undefined ? null : new ScalerServer(work);
+  const jobs = grpcPort === undefined ? null : new JobsServer({ models, journal, answers });
   try {
     const boundScalerPort = (await scaler?.listen(host, scalerPort!)) ?? null;
+    const boundGrpcPort = (await jobs?.listen(host, grpcPort!)) ?? null;
     const url = await listenHttp(app, host, port);
     log.info({ url }, 'serving');
-    onReady(url, boundScalerPort);
+    onReady({ url, scalerPort: boundScalerPort, grpcPort: boundGrpcPort });
     runningBatches = batches.run(over);
     runningWebhooks = sender?.run(over) ?? null;
     await aborted(over);
@@ -112,6 +124,7 @@ export async function runGateway(
     await runningWebhooks;
     webhookRecords.close();
     scaler?.close();
+    await jobs?.close();
     redis.close();
     backlog.close();
     batchRecords.close();

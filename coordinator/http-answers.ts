@@ -71,6 +71,7 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       createdS,
       tokenizer,
       request: job.request,
+      known: { request: job.request, terms: job.terms },
     };
     // Whoever only looks on does not take the job with him when he leaves.
     const answer = new Answer(routes, reply, head, performance.now(), { isOwner: false });

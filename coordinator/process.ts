@@ -38,7 +38,7 @@ export function listenForShutdown(drainTimeoutMs?: number): Shutdown {
 }
 
 /** Tells a parent that forked us, if there is one. */
-export function reportReady(details: Readonly<Record<string, unknown>>): void {
+export function reportReady(details: object): void {
   process.send?.({ type: 'ready', ...details });
 }
 

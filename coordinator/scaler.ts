@@ -6,14 +6,14 @@
  * one must come and publish its card, or no gateway would take its requests. Links are not encrypted: a
  * NetworkPolicy should let only KEDA in.
  */
-import { Server, ServerCredentials, type ServerUnaryCall, type sendUnaryData } from '@grpc/grpc-js';
 import { setTimeout as delay } from 'node:timers/promises';
-import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
+import { CaravanError } from '../proto/errors.js';
 import {
   ExternalScalerService,
   type ExternalScalerServer,
   type ScaledObjectRef,
 } from '../proto/gen/externalscaler.js';
+import { listenRpc, newRpcServer, streaming, unary } from './rpc-server.js';
 import type { Work, WorkMeter } from './work.js';
 
 export const METRIC_NAME = 'caravan-work-seconds';
@@ -29,32 +29,24 @@ interface Target {
 
 export class ScalerServer {
   readonly #work: WorkMeter;
-  readonly #server = new Server();
+  readonly #server = newRpcServer();
   readonly #closing = new AbortController();
 
   constructor(work: WorkMeter) {
     this.#work = work;
     const service: ExternalScalerServer = {
-      isActive: this.#unary((ref: ScaledObjectRef) => this.#isActive(ref)),
-      streamIsActive: (call) => {
-        const gone = new AbortController();
-        call.on('cancelled', () => {
-          gone.abort();
-        });
-        const over = AbortSignal.any([gone.signal, this.#closing.signal]);
-        void this.#stream(call.request, (answer) => call.write(answer), over).then(
-          () => call.end(),
-          (thrown: unknown) => call.emit('error', toStatus(thrown)),
-        );
-      },
-      getMetricSpec: this.#unary((ref: ScaledObjectRef) => {
+      isActive: unary((ref: ScaledObjectRef) => this.#isActive(ref)),
+      streamIsActive: streaming(this.#closing.signal, (ref: ScaledObjectRef, signal) =>
+        this.#stream(ref, signal),
+      ),
+      getMetricSpec: unary((ref: ScaledObjectRef) => {
         const { targetSeconds } = targetOf(ref);
         const targetSize = Math.max(1, Math.round(targetSeconds));
         return Promise.resolve({
           metricSpecs: [{ metricName: METRIC_NAME, targetSize, targetSizeFloat: targetSeconds }],
         });
       }),
-      getMetrics: this.#unary(async ({ scaledObjectRef, metricName }) => {
+      getMetrics: unary(async ({ scaledObjectRef, metricName }) => {
         if (metricName !== '' && metricName !== METRIC_NAME) {
           throw new CaravanError(
             'not_found',
@@ -71,13 +63,7 @@ export class ScalerServer {
 
   /** @returns the port. @throws CaravanError `bad_usage` when it is taken. */
   listen(host: string, port: number): Promise<number> {
-    const address = `${host.includes(':') ? `[${host}]` : host}:${port}`;
-    return new Promise((resolve, reject) => {
-      this.#server.bindAsync(address, ServerCredentials.createInsecure(), (error, bound) => {
-        if (error === null) resolve(bound);
-        else reject(new CaravanError('bad_usage', `--scaler-port ${port}: ${error.message}`));
-      });
-    });
+    return listenRpc(this.#server, host, port, '--scaler-port');
   }
 
   /** Ends open streams too: KEDA calls again, at another gateway. */
@@ -97,36 +83,14 @@ export class ScalerServer {
     return { target, work };
   }
 
-  async #stream(
-    ref: ScaledObjectRef,
-    write: (answer: { result: boolean }) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
+  async *#stream(ref: ScaledObjectRef, signal: AbortSignal): AsyncGenerator<{ result: boolean }> {
     let last: boolean | null = null;
     while (!signal.aborted) {
       const answer = await this.#isActive(ref);
-      if (answer.result !== last) write(answer);
+      if (answer.result !== last) yield answer;
       last = answer.result;
       await delay(STREAM_POLL_MS, undefined, { signal }).catch(() => undefined);
     }
-  }
-
-  #unary<Q, A>(
-    answer: (request: Q) => Promise<A>,
-  ): (call: ServerUnaryCall<Q, A>, reply: sendUnaryData<A>) => void {
-    return (call, reply) => {
-      // What a handler throws at once is an answer, too.
-      void Promise.resolve(call.request)
-        .then(answer)
-        .then(
-          (value) => {
-            reply(null, value);
-          },
-          (thrown: unknown) => {
-            reply(toStatus(thrown));
-          },
-        );
-    };
   }
 }
 
@@ -148,9 +112,4 @@ function targetOf(ref: ScaledObjectRef | undefined): Target {
     targetSeconds: positive('targetSeconds') ?? DEFAULT_TARGET_SECONDS,
     tokensPerSecond: positive('tokensPerSecond'),
   };
-}
-
-function toStatus(thrown: unknown): { readonly code: number; readonly details: string } {
-  const error = toCaravanError(thrown);
-  return { code: errorTable[error.code].grpc, details: error.message };
 }

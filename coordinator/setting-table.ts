@@ -124,6 +124,12 @@ export const settingTable = {
     rule: 'a whole number from 0 to 65535',
     schema: whole(0, 65_535),
   }),
+  grpcPort: optional({
+    argument: '<port>',
+    description: 'port that serves jobs over gRPC; 0 takes a free one (default: none)',
+    rule: 'a whole number from 0 to 65535',
+    schema: whole(0, 65_535),
+  }),
   redis: optional({
     argument: '<url>',
     description: 'Redis to use, redis://HOST:PORT',

@@ -8,7 +8,7 @@ import path from 'node:path';
 import { pino } from 'pino';
 import { FileFolder } from '../coordinator/file-folder.js';
 import type { FileStorage } from '../coordinator/file-storage.js';
-import { runGateway } from '../coordinator/gateway.js';
+import { runGateway, type ServedAddresses } from '../coordinator/gateway.js';
 import { Journal, type Take } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { ModelCard } from '../coordinator/request.js';
@@ -22,6 +22,8 @@ export interface TestGateway {
   readonly url: string;
   /** Where KEDA would ask. */
   readonly scalerPort: number;
+  /** Where jobs are served over gRPC. */
+  readonly grpcPort: number;
   readonly redis: RedisServer;
   readonly store: Store;
   readonly journal: Journal;
@@ -70,13 +72,15 @@ export async function startGateway(storage?: FileStorage): Promise<TestGateway> 
   const stopping = new AbortController();
   let ended: Promise<void> = Promise.resolve();
   let scalerPort = 0;
+  let grpcPort = 0;
   const url = await new Promise<string>((resolve, reject) => {
-    const onReady = (served: string, bound: number | null): void => {
-      scalerPort = bound ?? 0;
-      resolve(served);
+    const onReady = (served: ServedAddresses): void => {
+      scalerPort = served.scalerPort ?? 0;
+      grpcPort = served.grpcPort ?? 0;
+      resolve(served.url);
     };
     const options = {
-      ...{ redisUrl: redis.url, host: '127.0.0.1', port: 0, scalerPort: 0, onReady },
+      ...{ redisUrl: redis.url, host: '127.0.0.1', port: 0, scalerPort: 0, grpcPort: 0, onReady },
       storage: storage ?? new FileFolder(folder),
       fileLimits: { fileBytes: 1_000_000, storedBytes: 10_000_000 },
       batchLimits: { lines: 1000, open: 10, linesInFlight: 16 },
@@ -94,6 +98,7 @@ export async function startGateway(storage?: FileStorage): Promise<TestGateway> 
   return {
     url,
     scalerPort,
+    grpcPort,
     redis,
     store,
     journal,

@@ -18,6 +18,7 @@ export function register(program: Command): void {
       'host',
       'port',
       'scalerPort',
+      'grpcPort',
       'drainTimeout',
       ...fileSettingNames,
       'queueBoard',
@@ -29,13 +30,11 @@ export function register(program: Command): void {
   );
   command.action(async () => {
     const s = settings();
-    const { redis, host, port, scalerPort, queueBoard, webhookSecret, webhookAllow, logLevel } = s;
+    const { redis, host, port, scalerPort, grpcPort, logLevel } = s;
+    const { queueBoard, webhookSecret, webhookAllow } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
     const limits = await fileSettings(s, folder);
     const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
-    const onReady = (url: string, boundScalerPort: number | null): void => {
-      reportReady({ url, scalerPort: boundScalerPort });
-    };
     const log = openLog('gateway', logLevel);
     await runGateway(
       {
@@ -43,11 +42,12 @@ export function register(program: Command): void {
         host,
         port,
         scalerPort,
+        grpcPort,
         queueBoard,
         webhookSecret,
         webhookAllow,
         ...limits,
-        onReady,
+        onReady: reportReady,
       },
       draining,
       stopping,
