@@ -5,11 +5,13 @@ import type { AnswerRoutes } from './http-answers.js';
 import { whileThere } from './http-leaving.js';
 import { EventStream } from './http-stream.js';
 import { modelNameOf } from './openai.js';
+import { callBodies } from './openai-calls.js';
 import type { AnswerHead } from './openai-answer.js';
 import { newResponseId, ResponseEvents, responseBodyOf } from './openai-response-body.js';
 import { askResponse, parseResponseBody } from './openai-responses.js';
 import { newJobId } from './journal.js';
 import type { ResponseMessage, ResponseRecord, ResponseRecords } from './store-responses.js';
+import type { CallStyle } from './tool-calls.js';
 
 export interface ResponseRoutes extends AnswerRoutes {
   readonly responses: ResponseRecords;
@@ -42,7 +44,8 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
       return undefined;
     }
     const { text, finishReason, usage } = await wholeOf(routes, head, startMs, signal);
-    return responseBodyOf(record, { kind: 'ended', text, finishReason, usage });
+    const style = styleOf(head);
+    return responseBodyOf(record, { kind: 'ended', text, style, finishReason, usage });
   });
 
   app.get<{ Params: { id: string } }>('/v1/responses/:id', async ({ params: { id } }) => {
@@ -57,7 +60,7 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     const { tokenizer } = await routes.models.find(job.model);
     const head: Head = { ...record, request, tokenizer };
     const { text } = await wholeOf(routes, head, null, routes.stopping);
-    return responseBodyOf(record, { ...ending, kind: 'ended', text });
+    return responseBodyOf(record, { ...ending, kind: 'ended', text, style: styleOf(head) });
   });
 
   app.delete<{ Params: { id: string } }>('/v1/responses/:id', async ({ params: { id } }) => {
@@ -65,6 +68,10 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     return { id, object: 'response', deleted: true };
   });
 }
+
+/** How an answer calls tools; null where it may call none. */
+const styleOf = ({ request: { grammar } }: Head): CallStyle | null =>
+  grammar?.kind === 'calls' ? grammar.style : null;
 
 const unknownResponse = (id: string): CaravanError =>
   new CaravanError('not_found', `response ${id} is not known (responses are kept for a day)`);
@@ -85,7 +92,11 @@ async function conversationOf(routes: ResponseRoutes, id: string): Promise<Respo
   const { tokenizer } = await routes.models.find(job.model);
   const head: Head = { ...record, request: job.request, tokenizer };
   const { text } = await wholeOf(routes, head, null, routes.stopping);
-  return [...record.messages, { role: 'assistant', content: text }];
+  const style = styleOf(head);
+  if (style === null) return [...record.messages, { role: 'assistant', content: text }];
+  const { content, calls } = callBodies(record.jobId, 0, text, style);
+  const said = { role: 'assistant', content: content ?? (calls.length === 0 ? '' : null) };
+  return [...record.messages, calls.length === 0 ? said : { ...said, tool_calls: calls }];
 }
 
 async function wholeOf(
@@ -108,7 +119,7 @@ async function stream(
   signal: AbortSignal,
 ): Promise<void> {
   const out = new EventStream(reply, { 'x-caravan-job': record.jobId });
-  const events = new ResponseEvents(record);
+  const events = new ResponseEvents(record, styleOf(head));
   const send = (event: { readonly type: string }): Promise<void> =>
     out.send(event, { event: event.type });
   try {
@@ -121,7 +132,7 @@ async function stream(
       }
       const text = event.kind === 'tokens' ? event.texts.join('') : event.text;
       if (event.kind === 'finish') finishReason = event.finishReason;
-      if (text !== '') await send(events.delta(text));
+      for (const told of events.push(text)) await send(told);
     }
   } catch (thrown) {
     if (!signal.aborted) await send(events.fail(toCaravanError(thrown).message));

@@ -133,13 +133,23 @@ const outputText = z.object({
 
 const itemStatus = z.enum(['in_progress', 'completed', 'incomplete']);
 
-const outputItem = z.object({
-  id: z.string(),
-  type: z.literal('message'),
-  role: z.literal('assistant'),
-  status: itemStatus,
-  content: z.array(outputText),
-});
+const outputItem = z.discriminatedUnion('type', [
+  z.object({
+    id: z.string(),
+    type: z.literal('message'),
+    role: z.literal('assistant'),
+    status: itemStatus,
+    content: z.array(outputText),
+  }),
+  z.object({
+    id: z.string(),
+    type: z.literal('function_call'),
+    status: itemStatus,
+    call_id: z.string(),
+    name: z.string(),
+    arguments: z.string(),
+  }),
+]);
 
 export const response = z.object({
   id: z.string(),
@@ -178,7 +188,8 @@ export const response = z.object({
 
 const eventHead = { sequence_number: count };
 const itemPlace = { ...eventHead, output_index: count };
-const partPlace = { ...itemPlace, item_id: z.string(), content_index: count };
+const ofItem = { ...itemPlace, item_id: z.string() };
+const partPlace = { ...ofItem, content_index: count };
 
 const responseStand = <T extends string>(type: T) =>
   z.object({ ...eventHead, type: z.literal(type), response });
@@ -200,6 +211,17 @@ export const responseEvent = z.discriminatedUnion('type', [
   z.object({
     ...{ ...partPlace, type: z.literal('response.output_text.done') },
     ...{ text: z.string(), logprobs: z.array(z.never()) },
+  }),
+  z.object({
+    ...ofItem,
+    type: z.literal('response.function_call_arguments.delta'),
+    delta: z.string(),
+  }),
+  z.object({
+    ...ofItem,
+    type: z.literal('response.function_call_arguments.done'),
+    name: z.string(),
+    arguments: z.string(),
   }),
 ]);
 

@@ -3,7 +3,7 @@ import { ToolCallReader, type AnswerDelta, type CallStyle } from './tool-calls.j
 import type { FinishReason } from './request.js';
 
 /** The same for the same call, also after a stream was resumed. */
-const callId = (jobId: string, choice: number, index: number): string =>
+export const callIdOf = (jobId: string, choice: number, index: number): string =>
   `call_${jobId.replace(/^job_/, '')}_${choice}_${index}`;
 
 /** Why a choice is over, as clients are told: an answer that calls tools waits for their results. */
@@ -18,14 +18,15 @@ export function shownReason(
 /** The calls of a whole text. */
 export function callBodies(jobId: string, choice: number, text: string, style: CallStyle) {
   const reader = new ToolCallReader(style);
-  const calls: { id: string; type: string; function: { name: string; arguments: string } }[] = [];
+  const calls: { id: string; type: 'function'; function: { name: string; arguments: string } }[] =
+    [];
   let content = '';
   for (const delta of [...reader.push(text), ...reader.end()]) {
     if (delta.kind === 'content') content += delta.text;
     else if (delta.kind === 'arguments') calls[delta.index]!.function.arguments += delta.text;
     else {
       const { index, name } = delta;
-      const id = callId(jobId, choice, index);
+      const id = callIdOf(jobId, choice, index);
       calls.push({ id, type: 'function', function: { name, arguments: '' } });
     }
   }
@@ -50,7 +51,7 @@ export function deltaBody(jobId: string, choice: number, deltas: readonly Answer
     }
     const { index } = delta;
     if (delta.kind === 'call') {
-      const id = callId(jobId, choice, index);
+      const id = callIdOf(jobId, choice, index);
       const called = { name: delta.name, arguments: '' };
       calls.set(index, { index, id, type: 'function', function: called });
       continue;

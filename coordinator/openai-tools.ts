@@ -18,14 +18,17 @@ const functionName = z
   .string()
   .regex(/^[\w-]{1,64}$/, 'must have 1 to 64 letters, digits, _ and -');
 
+/** What is said of a function. */
+export const functionFields = {
+  name: functionName,
+  description: z.string().nullish(),
+  parameters: z.record(z.string(), z.unknown()).nullish(),
+  strict: z.boolean().nullish(),
+};
+
 const tool = z.object({
   type: z.literal('function', { error: 'must be function: other tools are not supported' }),
-  function: z.object({
-    name: functionName,
-    description: z.string().nullish(),
-    parameters: z.record(z.string(), z.unknown()).nullish(),
-    strict: z.boolean().nullish(),
-  }),
+  function: z.object(functionFields),
 });
 
 const toolCall = z.object({

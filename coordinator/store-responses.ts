@@ -8,7 +8,18 @@ import { asCall, connectRedis, type Patience } from './store-connection.js';
 
 export interface ResponseMessage {
   readonly role: string;
-  readonly content: string;
+  /** Null where an assistant only called tools. */
+  readonly content: string | null;
+  readonly tool_calls?: readonly ResponseCall[];
+  /** The call that a tool's message is the output of. */
+  readonly tool_call_id?: string;
+}
+
+/** A call of a tool, as chats have it. */
+export interface ResponseCall {
+  readonly id: string;
+  readonly type: 'function';
+  readonly function: { readonly name: string; readonly arguments: string };
 }
 
 export interface ResponseRecord {

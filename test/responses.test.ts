@@ -5,6 +5,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import OpenAI from 'openai';
+import { zodResponsesFunction, zodTextFormat } from 'openai/helpers/zod';
+import { z } from 'zod';
 import { checkOpenaiBody } from './openai-description.js';
 import { startUp } from './up-process.js';
 
@@ -114,7 +116,10 @@ void test('a response of a JSON schema parses, and bad fields are named as the c
     [{}, 'input'],
     [{ input: 'a', temperature: 3 }, 'temperature'],
     [{ input: [{ role: 'assistant', content: 'a' }] }, 'input'],
-    [{ input: 'a', tools: [{ type: 'function' }] }, 'tools'],
+    [{ input: 'a', tools: [{ type: 'function' }] }, 'tools.0.name'],
+    [{ input: 'a', tools: [{ type: 'web_search' }] }, 'tools.0.type'],
+    [{ input: 'a', tool_choice: 'required' }, 'tool_choice'],
+    [{ input: [{ type: 'function_call_output', call_id: 'c', output: 'a' }] }, 'input'],
     [{ input: 'a', max_output_tokens: 0 }, 'max_output_tokens'],
     [{ input: 'a', background: true }, 'background'],
     [{ input: 'walked '.repeat(600) }, 'input'],
@@ -173,4 +178,110 @@ void test('texts become tokens and tokens texts', async () => {
     assert.equal(refused.status, 400);
     assert.equal(((await refused.json()) as { error: { param: string } }).error.param, param);
   }
+});
+
+const weather = zodResponsesFunction({
+  name: 'weather',
+  description: 'How the weather is.',
+  parameters: z.object({ place: z.enum(['Rome', 'Oslo']), days: z.number().int().min(1).max(5) }),
+});
+
+void test('a response calls functions, whole and in events, and goes on with their outputs', async () => {
+  const tools = [weather];
+  const settings = { model, input: 'How is the weather?', tools, seed: 4 } as const;
+  const called = { ...settings, tool_choice: 'required' as const, parallel_tool_calls: false };
+  const whole = await client.responses.create(called);
+  const body: Partial<typeof whole> = { ...whole };
+  delete body.output_text;
+  checkOpenaiBody('Response', body);
+  const [call, ...others] = whole.output;
+  assert.ok(call?.type === 'function_call' && others.length === 0);
+  const { place, days } = JSON.parse(call.arguments) as { place: string; days: number };
+  assert.ok(['Rome', 'Oslo'].includes(place) && days >= 1 && days <= 5);
+  assert.equal(whole.tool_choice, 'required');
+  assert.equal((whole.tools[0] as { name: string }).name, 'weather');
+
+  const types: string[] = [];
+  let given = '';
+  let last: OpenAI.Responses.Response | null = null;
+  for await (const event of await client.responses.create({ ...called, stream: true })) {
+    checkOpenaiBody('ResponseStreamEvent', event);
+    if (types.at(-1) !== event.type) types.push(event.type);
+    if (event.type === 'response.function_call_arguments.delta') given += event.delta;
+    if (event.type === 'response.function_call_arguments.done')
+      assert.equal(event.arguments, given);
+    if (event.type === 'response.completed') last = event.response;
+  }
+  assert.deepEqual(types, [
+    'response.created',
+    'response.in_progress',
+    'response.output_item.added',
+    'response.function_call_arguments.delta',
+    'response.function_call_arguments.done',
+    'response.output_item.done',
+    'response.completed',
+  ]);
+  assert.equal(given, call.arguments);
+  assert.ok(last?.output[0]?.type === 'function_call');
+  assert.equal(last.output[0].call_id, `call_${last.id.replace('resp_', '')}_0_0`);
+
+  const output = { type: 'function_call_output', call_id: call.call_id, output: 'sunny' } as const;
+  const rest = { model, temperature: 0, max_output_tokens: 20 };
+  const next = await client.responses.create({
+    ...{ ...rest, input: [output], previous_response_id: whole.id },
+  });
+  assert.equal(next.output[0]!.type, 'message');
+  // The same conversation, told anew.
+  const { call_id, name, arguments: said } = call;
+  const told = await client.responses.create({
+    ...rest,
+    input: [
+      { role: 'user', content: settings.input },
+      { type: 'function_call', call_id, name, arguments: said },
+      output,
+    ],
+  });
+  assert.equal(next.output_text, told.output_text);
+  assert.equal(next.usage!.input_tokens, told.usage!.input_tokens);
+  const retrieved = await client.responses.retrieve(whole.id);
+  assert.deepEqual(retrieved.output, whole.output);
+});
+
+void test('several functions, a named one, none, and a text are what the choice says', async () => {
+  const parameters = {
+    ...{ type: 'object', required: ['n'], additionalProperties: false },
+    properties: { n: { type: 'integer', minimum: 0, maximum: 9 } },
+  };
+  const tools = ['count', 'forecast'].map((name) => ({
+    ...{ type: 'function' as const, name, parameters, strict: true },
+  }));
+  const settings = { model, input: 'Hello', tools, seed: 2 };
+  const named = await client.responses.create({
+    ...{ ...settings, tool_choice: { type: 'function', name: 'forecast' } },
+  });
+  assert.ok(named.output[0]?.type === 'function_call' && named.output[0].name === 'forecast');
+  const none = await client.responses.create({ ...settings, tool_choice: 'none' });
+  assert.deepEqual(
+    none.output.map(({ type }) => type),
+    ['message'],
+  );
+  let streamed = '';
+  const auto = await client.responses.create({ ...settings, temperature: 0 });
+  const again = { ...settings, temperature: 0, stream: true as const };
+  for await (const event of await client.responses.create(again)) {
+    checkOpenaiBody('ResponseStreamEvent', event);
+    if (event.type === 'response.output_text.delta') streamed += event.delta;
+  }
+  assert.equal(streamed, auto.output_text);
+});
+
+void test('a zod schema is parsed by the official client', async () => {
+  const animal = z.object({
+    animal: z.enum(['fox', 'llama']),
+    legs: z.number().int().min(0).max(9),
+  });
+  const parsed = await client.responses.parse({
+    ...{ model, input, text: { format: zodTextFormat(animal, 'animal') } },
+  });
+  assert.deepEqual(animal.parse(parsed.output_parsed), parsed.output_parsed);
 });
