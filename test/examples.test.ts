@@ -40,3 +40,13 @@ void test('the decision form is filled in', async () => {
   assert.ok(['yes', 'no', 'later'].includes(decision['advice'] as string));
   assert.ok((decision['reasons'] as string[]).length >= 1);
 });
+
+void test('the content generator writes a text for each product, through a batch', async () => {
+  const [state, ...texts] = (await run('content-generator')).trim().split('\n');
+  assert.equal(state, 'completed: 3 of 3');
+  assert.deepEqual(texts.map((line) => /^(a [a-z ]+): ".+", ".+"$/.exec(line)?.[1]).sort(), [
+    'a camel saddle',
+    'a copper lamp',
+    'a woven rug',
+  ]);
+});
