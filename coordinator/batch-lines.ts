@@ -2,6 +2,7 @@
 import { z } from 'zod';
 import type { LinePlace } from './batch.js';
 import type { FileStorage } from './file-storage.js';
+import { parseJson } from './json-text.js';
 
 const PIECE_BYTES = 1024 * 1024;
 /** The most that one request may have, as over HTTP. */
@@ -119,7 +120,7 @@ export function parseLine(
   let json: unknown;
   try {
     const text = utf8.decode(bytes);
-    json = JSON.parse(line === 1 && text.startsWith(BYTE_ORDER_MARK) ? text.slice(1) : text);
+    json = parseJson(line === 1 && text.startsWith(BYTE_ORDER_MARK) ? text.slice(1) : text);
   } catch {
     throw new LineFault('invalid_json_line', 'the line is not valid JSON in UTF-8', null);
   }

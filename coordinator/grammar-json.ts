@@ -13,7 +13,13 @@ import { ANY } from './grammar-expression.js';
 import { formatExpression, FORMATS } from './grammar-format.js';
 import { parseRegex } from './grammar-regex.js';
 import { SHORT_LENGTH, TextSet, writeClass, type Spelling } from './grammar-text.js';
-import { jsonTypeOf, SchemaDocument, type Conjunction, type Flats } from './json-schema.js';
+import {
+  jsonTypeOf,
+  SchemaDocument,
+  type Conjunction,
+  type Flats,
+  type JsonType,
+} from './json-schema.js';
 
 const MAX_RULES = 5_000;
 const MAX_VALUES = 10_000;
@@ -202,19 +208,7 @@ export class JsonWriter {
   }
 
   #values(from: number, flats: Flats, values: readonly string[], to: number): void {
-    const { document, builder } = this;
-    const { types, isInteger } = document.typesOf(flats);
-    const beside = flats.find((flat) =>
-      VALUE_RULES.some((keyword) => Object.hasOwn(flat, keyword)),
-    );
-    if (beside !== undefined) {
-      document.refuse(beside, 'enum or const beside other rules for its values is not supported');
-    }
-    const allowed = values.filter((text) => {
-      const value: unknown = JSON.parse(text);
-      if (typeof value === 'number' && isInteger && !Number.isInteger(value)) return false;
-      return types.includes(jsonTypeOf(value));
-    });
+    const allowed = this.#allowed(flats, values);
     this.#valueCount += allowed.length;
     if (this.#valueCount > MAX_VALUES) {
       throw new CaravanError(
@@ -222,7 +216,39 @@ export class JsonWriter {
         `the schema has more than ${MAX_VALUES} values in enum`,
       );
     }
-    builder.oneOf(from, allowed, to);
+    this.builder.oneOf(from, allowed, to);
+  }
+
+  /** All values that satisfy these schemas, as compact JSON; null where `enum`, `const` and types do not name them. */
+  finiteValues(conjunction: Conjunction): readonly string[] | null {
+    const { document } = this;
+    const all = new Set<string>();
+    for (const flats of document.expand(conjunction)) {
+      const { types } = document.typesOf(flats);
+      const values = document.valuesOf(flats);
+      const isNamed = values !== null || types.every((type) => type in CONSTANTS);
+      if (!isNamed) return null;
+      const named = values ?? types.flatMap((type) => CONSTANTS[type] ?? []);
+      for (const text of this.#allowed(flats, named)) all.add(text);
+    }
+    return [...all];
+  }
+
+  /** The values that fit the types beside them. */
+  #allowed(flats: Flats, values: readonly string[]): readonly string[] {
+    const { document } = this;
+    const { types, isInteger } = document.typesOf(flats);
+    const beside = flats.find((flat) =>
+      VALUE_RULES.some((keyword) => Object.hasOwn(flat, keyword)),
+    );
+    if (beside !== undefined) {
+      document.refuse(beside, 'enum or const beside other rules for its values is not supported');
+    }
+    return values.filter((text) => {
+      const value: unknown = JSON.parse(text);
+      if (typeof value === 'number' && isInteger && !Number.isInteger(value)) return false;
+      return types.includes(jsonTypeOf(value));
+    });
   }
 
   #numberRule(flats: Flats) {
@@ -274,6 +300,12 @@ export class JsonWriter {
     }
   }
 }
+
+/** The values of types that have few. */
+const CONSTANTS: Readonly<Partial<Record<JsonType, readonly string[]>>> = {
+  null: ['null'],
+  boolean: ['true', 'false'],
+};
 
 /** Keywords that say more of a value than its type. */
 const VALUE_RULES = [

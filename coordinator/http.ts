@@ -13,6 +13,7 @@ import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
 import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
+import { parseJson } from './json-text.js';
 import { errorBody, modelBody } from './openai-answer.js';
 import { describeApi } from './openapi.js';
 import { packageVersion } from './package-root.js';
@@ -42,10 +43,11 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   app.removeAllContentTypeParsers();
   app.addContentTypeParser('*', { parseAs: 'string' }, (_request, text, done) => {
     try {
-      done(null, JSON.parse(text as string));
+      done(null, parseJson(text as string));
     } catch (cause) {
       const reason = cause instanceof Error ? cause.message : String(cause);
-      done(new CaravanError('invalid_request', `the body is not valid JSON: ${reason}`));
+      const refusal = new CaravanError('invalid_request', `the body is not valid JSON: ${reason}`);
+      done(cause instanceof CaravanError ? cause : refusal);
     }
   });
 

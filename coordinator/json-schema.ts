@@ -258,12 +258,12 @@ export class SchemaDocument {
       const { value, path, depth } = item;
       nodes += 1;
       if (typeof value === 'string') characters += value.length;
+      if (characters > MAX_CHARACTERS) tooLarge(`has more than ${MAX_CHARACTERS} characters`);
       if (depth > MAX_DEPTH) tooLarge(`is more than ${MAX_DEPTH} levels deep`);
       if (typeof value !== 'object' || value === null) continue;
       this.#paths.set(value, path.slice(1));
       for (const [key, child] of Object.entries(value)) {
         characters += key.length;
-        if (characters > MAX_CHARACTERS) tooLarge(`has more than ${MAX_CHARACTERS} characters`);
         if (nodes + stack.length > MAX_NODES) tooLarge(`has more than ${MAX_NODES} values`);
         stack.push({ value: child, path: `${path}.${key.slice(0, 80)}`, depth: depth + 1 });
       }

@@ -5,6 +5,7 @@
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
 import type { CallsSpec, GrammarCache, GrammarSpec } from './grammar.js';
+import { parseJson } from './json-text.js';
 import { refuse } from './openai-refusal.js';
 
 const MAX_CHOICES = 10_000;
@@ -61,9 +62,10 @@ function specOf(asked: ShapeBody): (readonly [field: string, spec: GrammarSpec])
     let given: unknown = asked.guided_json;
     if (typeof given === 'string') {
       try {
-        given = JSON.parse(given);
-      } catch {
-        refuse('guided_json', 'is not valid JSON');
+        given = parseJson(given);
+      } catch (thrown) {
+        const isTooDeep = thrown instanceof CaravanError;
+        refuse('guided_json', isTooDeep ? thrown.message : 'is not valid JSON');
       }
     }
     specs.push(['guided_json', { kind: 'schema', schema: given }]);

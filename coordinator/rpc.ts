@@ -15,6 +15,7 @@ import {
 import type { AnswerEvent, Answers } from './answers.js';
 import { idempotencyKeyOf } from './idempotency-key.js';
 import { sequenceCount } from './job-sequences.js';
+import { parseJson } from './json-text.js';
 import type { JobRecord, Journal } from './journal.js';
 import type { Models } from './models.js';
 import { parseChat, parseCompletion } from './openai.js';
@@ -135,9 +136,10 @@ function extraOf(json: string | undefined): object {
   if (json === undefined || json === '') return {};
   let extra: unknown;
   try {
-    extra = JSON.parse(json);
-  } catch {
-    return refuse('extra_json', 'is not valid JSON');
+    extra = parseJson(json);
+  } catch (thrown) {
+    const isTooDeep = thrown instanceof CaravanError;
+    return refuse('extra_json', isTooDeep ? thrown.message : 'is not valid JSON');
   }
   if (typeof extra === 'object' && extra !== null && !Array.isArray(extra)) return extra;
   return refuse('extra_json', 'must be a JSON object');

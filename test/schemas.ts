@@ -291,7 +291,7 @@ const arrays: Schema[] = [
     maxItems: 4,
   },
   { type: 'array', prefixItems: [{ const: 'a' }, { const: 'b' }], items: false, minItems: 1 },
-  { type: 'array', items: { type: 'null' }, uniqueItems: true, maxItems: 1 },
+  { type: 'array', items: { enum: ['a', 'b', 1, null] }, uniqueItems: true, minItems: 1 },
   { type: ['array', 'string'], items: whole(0, 9), maxItems: 2, maxLength: 3 },
   record({ tags: list(text(5), 3), counts: list(whole(0, 9), 2) }),
 ];
