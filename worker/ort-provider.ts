@@ -68,7 +68,10 @@ function cudaOptions(
     // 10 bits of mantissa where 23 were asked for.
     use_tf32: '0',
     ...(memoryLimit === null ? {} : { gpu_mem_limit: String(memoryLimit) }),
-    ...(stream === null ? {} : { user_compute_stream: String(stream) }),
+    // Without the first the second is passed over, and kernels do not wait for our copies.
+    ...(stream === null
+      ? {}
+      : { has_user_compute_stream: '1', user_compute_stream: String(stream) }),
   };
 }
 
