@@ -10,6 +10,8 @@ const START_TIMEOUT_MS = 30_000;
 
 export interface LocalRank {
   readonly address: string;
+  /** Of the device's own memory; null where it has none, or it cannot be known. */
+  readonly memory: { readonly freeBytes: number; readonly totalBytes: number } | null;
   readonly process: ChildProcess;
 }
 
@@ -23,6 +25,11 @@ export interface LocalRankOptions {
   readonly device: string;
   readonly logLevel: string;
 }
+
+/** What a rank process says first. */
+type RankStart =
+  | ({ readonly type: 'ready' } & Pick<LocalRank, 'address' | 'memory'>)
+  | { readonly type: 'failed'; readonly message: string };
 
 /**
  * Starts one rank process on a free port of the loopback interface.
@@ -54,11 +61,16 @@ export async function startLocalRank(options: LocalRankOptions): Promise<LocalRa
     child.once('exit', (code, signal) => {
       fail(`it ended with ${signal ?? `code ${code ?? '?'}`}`);
     });
-    child.once('message', (message: { address: string }) => {
+    child.once('message', (message: RankStart) => {
+      if (message.type === 'failed') {
+        fail(message.message);
+        return;
+      }
       clearTimeout(timer);
       child.removeAllListeners('error');
       child.removeAllListeners('exit');
-      resolve({ address: message.address, process: child });
+      const { address, memory } = message;
+      resolve({ address, memory, process: child });
     });
   });
 }

@@ -17,12 +17,17 @@ export interface PoolGroup {
 
 export class RankPool {
   readonly #started: LocalRank[] = [];
+  readonly #device: string;
+
+  constructor(device = 'cpu') {
+    this.#device = device;
+  }
 
   /** The first `count` processes; those that are missing are started. */
   async start(count: number): Promise<readonly LocalRank[]> {
     const missing = Math.max(0, count - this.#started.length);
     const starting = Array.from({ length: missing }, () =>
-      startLocalRank({ threads: 1, device: 'cpu', logLevel: 'error' }),
+      startLocalRank({ threads: 1, device: this.#device, logLevel: 'error' }),
     );
     this.#started.push(...(await Promise.all(starting)));
     return this.#started.slice(0, count);
@@ -46,7 +51,10 @@ export class RankPool {
     const processes = await this.start(limits.tp);
     const checkpoint = openCheckpoint(folder);
     const addresses = processes.map(({ address }) => address);
-    const { spec } = planGroup(checkpoint, limits.tp, { weights: 'fp32', exact: true, ...limits });
+    const { spec } = planGroup(checkpoint, limits.tp, {
+      ...{ weights: 'fp32', exact: true, device: this.#device },
+      ...limits,
+    });
     const ranks = await Ranks.connect(addresses, spec);
     try {
       return await use({ checkpoint, ranks, processes });

@@ -6,7 +6,14 @@ import { formBytes, weightBytes, type WeightForms } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
 import type { LoadProgress } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
-import type { Device, GroupLimits, LoadedShard, LoadTerms, OpenPass } from './device.js';
+import type {
+  Device,
+  DeviceMemory,
+  GroupLimits,
+  LoadedShard,
+  LoadTerms,
+  OpenPass,
+} from './device.js';
 import { DeviceKv } from './device-kv.js';
 import { DevicePass } from './device-pass.js';
 import { DeviceShard, deviceShape, type MatrixSource } from './device-shard.js';
@@ -75,7 +82,7 @@ export class BoundDevice implements Device {
   }
 
   /** What is free of the device's memory, as far as it can be known and may be used. */
-  #memory(): DeviceMemory | null {
+  memory(): DeviceMemory | null {
     const limit = this.#memoryLimit;
     const whole = this.#cuda?.memory() ?? null;
     if (limit === null) return whole;
@@ -96,7 +103,7 @@ export class BoundDevice implements Device {
     const kvOf = ({ maxSeqLen, maxBatchSize }: GroupLimits): number =>
       (kvBytes(config, plan, maxSeqLen, maxBatchSize) / 4) * kvElementBytes;
     const embeddingBytes = formBytes(forms.embedding, plan.vocab.count, config.hiddenSize);
-    const memory = this.#memory();
+    const memory = this.memory();
     if (memory !== null) {
       refuseTooLittle(this.name, memory, {
         weightBytes: weightBytes(config, plan, forms) - embeddingBytes,
@@ -144,11 +151,6 @@ async function openPass(
       for (const undo of unpin) undo();
     },
   };
-}
-
-export interface DeviceMemory {
-  readonly freeBytes: number;
-  readonly totalBytes: number;
 }
 
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;

@@ -14,7 +14,7 @@ import type { WeightForm } from '../model/weights.js';
 import { float, GraphBuilder, int, MICROSOFT, type Graph } from './graph-builder.js';
 import { elementType, type ElementType } from './ort.js';
 
-const { float32, uint8, int32, int64 } = elementType;
+const { float32, float16, uint8, int32, int64 } = elementType;
 
 /** What all graphs of a rank on a device have in common. */
 export interface DeviceShape {
@@ -144,44 +144,27 @@ export function deviceAttentionGraph(
   { qkv, o }: { readonly qkv: MatrixShape; readonly o: MatrixShape },
   groups: readonly GroupKind[],
 ): Graph {
-  const { config, plan, activations, attention } = shape;
-  const { headSize } = config;
+  const { config, activations, attention } = shape;
   const graph = new DeviceGraphBuilder(shape);
   graph.residual('newH');
-  graph.input('positions', int64, [1, 'rows']);
-  graph.input('cos', activations, ['capacity', headSize / 2]);
-  graph.input('sin', activations, ['capacity', headSize / 2]);
-  const heads = { q: plan.queryHeads.count, k: plan.kvHeads.count, v: plan.kvHeads.count };
-  const widths = { q: heads.q * headSize, k: heads.k * headSize, v: heads.v * headSize };
+  graph.input('cos', activations, ['capacity', config.headSize / 2]);
+  graph.input('sin', activations, ['capacity', config.headSize / 2]);
   graph.product('x', 'qkv', qkv, 'qkv');
-  graph.split('qkv', [widths.q, widths.k, widths.v], ['q.flat', 'k.flat', 'v.flat']);
-  for (const name of ['q', 'k'] as const) {
-    graph.node(
-      'RotaryEmbedding',
-      [`${name}.flat`, 'positions', 'cos', 'sin'],
-      [`${name}.turned`],
-      [int('num_heads', heads[name]), int('interleaved', 0)],
-      MICROSOFT,
-    );
-  }
-  const whole = {
-    q: graph.cast('q.turned', activations, attention, 'q'),
-    k: graph.cast('k.turned', activations, attention, 'k'),
-    v: graph.cast('v.flat', activations, attention, 'v'),
-  };
-  const names = ['q', 'k', 'v'] as const;
+  const operands = isPacked(shape)
+    ? [{ name: 'qkv', width: qkv.outputs }]
+    : rotatedOperands(graph, shape);
   if (groups.length > 1) {
     graph.input('groupRows', int64, [groups.length]);
-    for (const name of names) {
+    for (const { name } of operands) {
       const parts = groups.map((_, g) => `${name}.${g}`);
-      graph.node('Split', [whole[name], 'groupRows'], parts, [int('axis', 1)]);
+      graph.node('Split', [name, 'groupRows'], parts, [int('axis', 1)]);
     }
   }
   const attended = groups.map((kind, g) => {
-    const rows = names.map((name) => {
-      const part = groups.length > 1 ? `${name}.${g}` : whole[name];
+    const rows = operands.map(({ name, width }) => {
+      const part = groups.length > 1 ? `${name}.${g}` : name;
       if (kind === 'rows') return part;
-      graph.reshape(part, [-1, 1, widths[name]], `${name}.slots.${g}`);
+      graph.reshape(part, [-1, 1, width], `${name}.slots.${g}`);
       return `${name}.slots.${g}`;
     });
     return attend(graph, shape, rows, kind, g);
@@ -197,14 +180,50 @@ export function deviceAttentionGraph(
   return graph.finish();
 }
 
+/**
+ * Whether attention takes queries, keys and values as the product leaves them, and rotates them itself: with 16 bits
+ * throughout, and head sizes that its rotation knows.
+ */
+const isPacked = ({ config, activations, attention }: DeviceShape): boolean =>
+  activations === float16 && attention === float16 && config.headSize % 16 === 0;
+
+/** Queries, keys and values apart, rotated by nodes of their own. */
+function rotatedOperands(
+  graph: DeviceGraphBuilder,
+  { config, plan, activations, attention }: DeviceShape,
+): { readonly name: string; readonly width: number }[] {
+  graph.input('positions', int64, [1, 'rows']);
+  const heads = { q: plan.queryHeads.count, k: plan.kvHeads.count, v: plan.kvHeads.count };
+  const names = ['q', 'k', 'v'] as const;
+  const widths = names.map((name) => heads[name] * config.headSize);
+  const flat = names.map((name) => `${name}.flat`);
+  graph.split('qkv', widths, flat);
+  return names.map((name, i) => {
+    let own = flat[i]!;
+    if (name !== 'v') {
+      graph.node(
+        'RotaryEmbedding',
+        [own, 'positions', 'cos', 'sin'],
+        [`${name}.turned`],
+        [int('num_heads', heads[name]), int('interleaved', 0)],
+        MICROSOFT,
+      );
+      own = `${name}.turned`;
+    }
+    return { name: graph.cast(own, activations, attention, name), width: widths[i]! };
+  });
+}
+
 /** One group's attention; keys and values are bound as inputs and as outputs. */
 function attend(
   graph: DeviceGraphBuilder,
-  { config, plan, attention }: DeviceShape,
+  shape: DeviceShape,
   rows: readonly string[],
   kind: GroupKind,
   g: number,
 ): string {
+  const { config, plan, attention } = shape;
+  const packed = isPacked(shape);
   const batch = `batch.${g}`;
   const cache = [batch, plan.kvHeads.count, `capacity.${g}`, config.headSize];
   for (const name of ['keys', 'values']) graph.input(`${name}.${g}`, attention, cache);
@@ -213,12 +232,12 @@ function attend(
   const own = ['keys', 'values', 'lastPositions', 'totalLength'].map((name) => `${name}.${g}`);
   graph.node(
     'GroupQueryAttention',
-    [...rows, ...own],
+    [...rows, ...(packed ? ['', ''] : []), ...own, ...(packed ? ['cos', 'sin'] : [])],
     [`attended.${g}`, `newKeys.${g}`, `newValues.${g}`],
     [
       int('num_heads', plan.queryHeads.count),
       int('kv_num_heads', plan.kvHeads.count),
-      int('do_rotary', 0),
+      int('do_rotary', packed ? 1 : 0),
     ],
     MICROSOFT,
   );

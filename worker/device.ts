@@ -47,10 +47,17 @@ export interface OpenPass {
   release(): void;
 }
 
+export interface DeviceMemory {
+  readonly freeBytes: number;
+  readonly totalBytes: number;
+}
+
 export interface Device {
   /** As in --device. */
   readonly name: string;
   readonly kind: DeviceKind;
+  /** Of its own; null where it has none, or it cannot be known. */
+  memory(): DeviceMemory | null;
   /**
    * Reads a rank's slices and puts them on the device.
    *

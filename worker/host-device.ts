@@ -22,6 +22,10 @@ export class HostDevice implements Device {
     this.#ort = ort;
   }
 
+  memory(): null {
+    return null;
+  }
+
   async load(
     origin: WeightsOrigin,
     { weightCache }: LoadTerms,

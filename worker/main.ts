@@ -44,7 +44,7 @@ const seconds = (text: string): number => {
 /** A rank that was started by hand, or by Kubernetes, outlives the coordinator that holds it. */
 const DRAIN_TIMEOUT_S = 300;
 
-const device = (text: string): string => {
+const deviceName = (text: string): string => {
   if (!isDeviceName(text)) throw new InvalidArgumentError('must be cpu, webgpu, cuda or cuda:N.');
   return text;
 };
@@ -57,7 +57,7 @@ const gigabytes = (text: string): number => {
 const program = new Command('caravan worker')
   .description('Runs one rank.')
   .requiredOption('--listen <host:port>', 'address to serve on; port 0 picks a free one', address)
-  .option('--device <device>', 'device of this rank', device, 'cpu')
+  .option('--device <device>', 'device of this rank', deviceName, 'cpu')
   .option('--device-memory <gigabytes>', "most of the device's memory that is used", gigabytes)
   .option(
     '--ort-library <file>',
@@ -110,7 +110,8 @@ const log = pino(
 
 try {
   SharedSegment.removeOrphans();
-  const server = new RankServer(openDevice(options), log);
+  const device = openDevice(options);
+  const server = new RankServer(device, log);
   const port = await server.listen(options.listen);
   const bound = options.listen.replace(/:\d+$/, `:${port}`);
   log.info({ address: bound }, 'listening');
@@ -144,10 +145,18 @@ try {
   process.on('SIGINT', drain);
   if (process.send !== undefined) {
     process.on('disconnect', stop);
-    process.send({ type: 'ready', address: bound, healthPort });
+    process.send({ type: 'ready', address: bound, healthPort, memory: device.memory() });
   }
 } catch (thrown) {
   const error = toCaravanError(thrown);
-  process.stderr.write(`caravan: ${error.message}\n`);
-  process.exit(error.code === 'bad_usage' ? 2 : 1);
+  const end = (): void => {
+    process.exit(error.code === 'bad_usage' ? 2 : 1);
+  };
+  if (process.send === undefined) {
+    process.stderr.write(`caravan: ${error.message}\n`);
+    end();
+  } else {
+    // Whoever started us says it.
+    process.send({ type: 'failed', message: error.message }, end);
+  }
 }

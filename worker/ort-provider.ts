@@ -107,10 +107,10 @@ export function appendProvider(api: OrtApi, options: bigint, provider: Provider)
 
 /** The runtime's own words, and what to do about it. */
 export function explain(device: DeviceName, cause: unknown): CaravanError {
-  const said = (cause instanceof Error ? cause.message : String(cause)).replace(
-    /^ONNX Runtime: (\S+:\d+ .*?was false\. )?/,
-    '',
-  );
+  const said = (cause instanceof Error ? cause.message : String(cause))
+    .replace(/^ONNX Runtime: (\S+:\d+ .*?was false\. )?/, '')
+    // Where in the runtime's source it was noticed.
+    .replace(/^\/.* : FAIL : /, '');
   return new CaravanError(
     'bad_usage',
     `--device ${nameOfDevice(device)}: ${said.replace(/[.\s]+$/, '')}; ${mend(device, said)}`,

@@ -5,9 +5,10 @@ import os from 'node:os';
 import type { Command } from 'commander';
 import { toCaravanError } from '../../proto/errors.js';
 import type { Config } from '../config.js';
+import { devicesOfRanks, possibleDevices, probeDevice, type DeviceReport } from '../devices.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
 import { openChecked } from '../local-group.js';
-import { startLocalRank, stopLocalRank } from '../local-ranks.js';
+
 import { openModelTokenizer } from '../model-tokenizer.js';
 import { Store } from '../store.js';
 import { declareSettings } from './options.js';
@@ -59,12 +60,13 @@ export function register(program: Command): void {
   );
   command.action(async () => {
     const s = settings();
+    const devices = await probeAll(s.device, s.tp);
     const findings = [
       checkNode(),
       s.redis === undefined ? checkRedisServer() : await checkRedis(s.redis),
       await checkPort(s.host, s.port),
-      await checkDevice(s.device),
-      ...checkModel(s),
+      ...checkDevices(s.device, s.tp, devices),
+      ...checkModel(s, devices),
     ].flat();
     const isWell = findings.every(({ verdict }) => verdict !== 'failure');
     if (s.json) process.stdout.write(`${JSON.stringify({ ok: isWell, findings })}\n`);
@@ -167,31 +169,53 @@ async function checkPort(host: string, port: number): Promise<Finding> {
   });
 }
 
-/** A rank process that comes up has loaded ONNX Runtime. */
-async function checkDevice(device: string): Promise<Finding> {
-  try {
-    await stopLocalRank(await startLocalRank({ threads: 1, device, logLevel: 'silent' }));
-    return ok('device', `${device}: a rank starts; ${os.availableParallelism()} cores`);
-  } catch (error) {
-    const mend = 'run npm ci again; the library comes with onnxruntime-node';
-    return finding('failure', 'device', toCaravanError(error).message, mend);
-  }
+/** A rank process that comes up has loaded ONNX Runtime and opened its device. */
+const probeAll = (device: string, tp: number): Promise<DeviceReport[]> =>
+  Promise.all([...new Set([...devicesOfRanks(device, tp), ...possibleDevices()])].map(probeDevice));
+
+/** Devices that were not asked for may be missing. */
+function checkDevices(device: string, tp: number, devices: readonly DeviceReport[]): Finding[] {
+  const asked = devicesOfRanks(device, tp);
+  return devices.map(({ device: name, fault, memory }) => {
+    if (fault === null) {
+      const free = memory === null ? '' : `, ${gigabytes(memory.freeBytes)} free`;
+      const cores = name === 'cpu' ? `, ${os.availableParallelism()} cores` : '';
+      return ok('device', `${name}: a rank starts${cores}${free}`);
+    }
+    return asked.includes(name)
+      ? finding('failure', 'device', fault, 'see docs/devices.md')
+      : finding('warning', 'device', fault, 'only --device ' + name + ' needs it');
+  });
 }
 
+const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;
+
 function checkModel(
-  s: Pick<Config, 'model' | 'tp' | 'weights' | 'maxSeqLen' | 'maxBatchSize'>,
+  s: Pick<Config, 'model' | 'tp' | 'device' | 'weights' | 'maxSeqLen' | 'maxBatchSize'>,
+  devices: readonly DeviceReport[],
 ): Finding[] {
   try {
     const checkpoint = openChecked(s.model, s.tp);
     const { config } = checkpoint;
     const limits = { ...s, exact: false, maxStepRows: DEFAULT_MAX_STEP_ROWS };
-    const { neededBytes } = planGroup(checkpoint, s.tp, limits);
+    const { neededBytes, ranks } = planGroup(checkpoint, s.tp, limits);
     const tokenizer = openModelTokenizer(s.model);
-    const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;
-    const memory = `${s.tp} ranks need ${gigabytes(neededBytes)}, ${gigabytes(os.freemem())} are free`;
+    const own = devicesOfRanks(s.device, s.tp).flatMap(
+      (name) => devices.find(({ device }) => device === name)?.memory ?? [],
+    );
+    const isOnGpus = s.device !== 'cpu';
+    const asked = isOnGpus
+      ? Math.max(...ranks.map(({ weightBytes, kvBytes }) => weightBytes + kvBytes))
+      : neededBytes;
+    const free = isOnGpus ? Math.min(...own.map(({ freeBytes }) => freeBytes)) : os.freemem();
+    const who = isOnGpus ? 'each rank needs' : `${s.tp} ranks need`;
+    const known = Number.isFinite(free)
+      ? `${gigabytes(free)} are free`
+      : 'what is free is not known';
+    const memory = `${who} ${gigabytes(asked)}, ${known}`;
     return [
       ok('model', `${checkpoint.path}: ${config.layerCount} layers, ${tokenizer.vocabSize} tokens`),
-      neededBytes <= os.freemem()
+      asked <= free
         ? ok('memory', memory)
         : finding('failure', 'memory', memory, 'lower --max-seq-len or --max-batch-size'),
     ];

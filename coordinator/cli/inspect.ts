@@ -5,6 +5,7 @@ import { openCheckpoint, rankBytes, resolveModelPath, sliceBytes } from '../../m
 import { legalTps, listSlices, slicesOf } from '../../model/plan.js';
 import type { Checkpoint } from '../../model/checkpoint.js';
 import { verifyChecklist } from '../checklist.js';
+import { devicesOfRanks, probeDevice, type DeviceReport } from '../devices.js';
 import {
   DEFAULT_MAX_STEP_ROWS,
   parameterCount,
@@ -42,13 +43,18 @@ export function register(program: Command): void {
     const maxStepRows = DEFAULT_MAX_STEP_ROWS;
     const limits = { device, weights, exact, maxSeqLen, maxBatchSize, maxStepRows };
     const group = planGroup(checkpoint, tp, limits);
-    const report = { ...describe(checkpoint, group), verified };
+    const devices = await Promise.all(devicesOfRanks(device, tp).map(probeDevice));
+    const report = { ...describe(checkpoint, group, devices), verified };
     if (json) process.stdout.write(`${JSON.stringify(report)}\n`);
     else process.stdout.write(toText(report, showsSlices === true));
   });
 }
 
-function describe(checkpoint: Checkpoint, { spec, weights, ranks, neededBytes }: PlannedGroup) {
+function describe(
+  checkpoint: Checkpoint,
+  { spec, weights, ranks, neededBytes }: PlannedGroup,
+  devices: readonly DeviceReport[],
+) {
   const { config } = checkpoint;
   const machineBytes = os.totalmem();
   const stored = [...checkpoint.tensors.values()];
@@ -68,8 +74,21 @@ function describe(checkpoint: Checkpoint, { spec, weights, ranks, neededBytes }:
     // All ranks on this machine: what `caravan up` would need.
     neededBytes,
     machineBytes,
-    fits: neededBytes <= machineBytes,
+    // What ranks compute on, and what is free there.
+    devices,
+    fits: fitsDevices(ranks, devices) ?? neededBytes <= machineBytes,
   };
+}
+
+/** Whether every rank fits what is free on every device; null where that is not known. */
+function fitsDevices(
+  ranks: PlannedGroup['ranks'],
+  devices: readonly DeviceReport[],
+): boolean | null {
+  const free = devices.flatMap(({ memory }) => memory?.freeBytes ?? []);
+  if (free.length === 0) return null;
+  const asked = Math.max(...ranks.map(({ weightBytes, kvBytes }) => weightBytes + kvBytes));
+  return asked <= Math.min(...free);
 }
 
 /** `verified`: files that are as their checklist says; null if that was not asked for. */
@@ -129,6 +148,15 @@ function toText(report: Report, showsSlices: boolean): string {
     for (const { tensor, rows, columns, bytes } of rank.slices) {
       lines.push(`    ${tensor} [${span(rows)}, ${span(columns)}] ${bytes} bytes`);
     }
+  }
+  for (const { device, fault, memory } of report.devices) {
+    const free =
+      memory === null
+        ? ''
+        : `, ${gigabytes(memory.freeBytes)} of ${gigabytes(memory.totalBytes)} free`;
+    lines.push(
+      `  device ${fault === null ? `${device}: a rank starts${free}` : `missing: ${fault}`}`,
+    );
   }
   lines.push(
     `  all ranks on this machine: ${gigabytes(report.neededBytes)} of ${gigabytes(report.machineBytes)}: ` +

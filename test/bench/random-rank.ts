@@ -100,6 +100,10 @@ class RandomDevice implements Device {
     this.kind = device.kind;
   }
 
+  memory() {
+    return this.#device.memory();
+  }
+
   load({ checkpoint, plan, forms }: WeightsOrigin, terms: LoadTerms) {
     return this.#device.loadFrom(new RandomSource(), checkpoint, plan, forms, terms);
   }
