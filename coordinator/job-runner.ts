@@ -24,6 +24,8 @@ export type JobLeft = (outcome: string) => void;
 const CANCEL_POLL_MS = 2_000;
 /** How often an engine without a free slot looks whether a job has become so urgent that another makes room for it. */
 const PREEMPT_EVERY_MS = 500;
+/** Redis has what it was told on its disk by then, unless it is gone. */
+const ENDED_KEPT_MS = 3_000;
 /** Redis that refused a take (full, say) is given time. */
 const REFUSED_TAKE_PAUSE_MS = 500;
 
@@ -37,6 +39,8 @@ export class JobRunner {
   readonly #running = new Map<string, RunningJob>();
   readonly #changed = new Bell();
   #isReadingFlags = false;
+  /** Jobs that have left, and when: those of the last seconds at least. */
+  readonly #ended = new Map<RunningJob, number>();
   /** The last job that makes room, until it has left. */
   #leaving: RunningJob | null = null;
   /** A job that other engines died of: it waits until the others have left, and nothing is taken beside it. */
@@ -78,6 +82,7 @@ export class JobRunner {
     stopping.addEventListener('abort', giveBackAll);
     const unlisten = this.#journal.onCancel((id) => void this.#cancel(id));
     const unlistenQueue = this.#taker.onWake(wake);
+    const unlistenReconnect = this.#journal.onReconnect(() => void this.#confirmEndings());
     const poll = setInterval(() => void this.#cancel(''), CANCEL_POLL_MS);
     // One signal for all takes: a signal made of others lives as long as they do.
     const over = AbortSignal.any([draining, stopping]);
@@ -108,6 +113,7 @@ export class JobRunner {
       stopping.removeEventListener('abort', giveBackAll);
       unlisten();
       unlistenQueue();
+      unlistenReconnect();
     }
   }
 
@@ -163,9 +169,24 @@ export class JobRunner {
       if (this.#alone === job) this.#alone = null;
       this.#log.info({ job: taken.id, outcome }, 'job left');
       this.#onJobLeft(outcome);
+      this.#keepEnded(job);
       this.#changed.ring();
     });
     job.start();
+  }
+
+  /** For a while, should Redis be killed before it has written its ending to the disk. */
+  #keepEnded(job: RunningJob): void {
+    const nowMs = performance.now();
+    this.#ended.set(job, nowMs);
+    if (!this.#journal.isConnected) return;
+    for (const [each, endedMs] of this.#ended) {
+      if (nowMs - endedMs > ENDED_KEPT_MS) this.#ended.delete(each);
+    }
+  }
+
+  async #confirmEndings(): Promise<void> {
+    await Promise.all([...this.#ended.keys()].map((job) => job.confirmEnding()));
   }
 
   /** @returns null when Redis refused; the job is back in the queue then. */

@@ -63,6 +63,10 @@ export class JournalReader {
     return () => this.redis.off('ready', listener);
   }
 
+  get isConnected(): boolean {
+    return this.redis.status === 'ready';
+  }
+
   /** Entries of a sequence after its first `offset` tokens. */
   async entries(id: string, index: number, offset: number): Promise<StreamEntry[]> {
     const from = `(${offset}-0`;

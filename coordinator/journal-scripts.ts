@@ -201,15 +201,18 @@ if redis.call('HEXISTS', KEYS[1], 'ending') == 0 then redis.call('HSET', KEYS[1]
 return {'released', suspicion}`;
 
 /**
- * KEYS job, streams, lists; ARGV ending, retention in seconds, channel, number of streams. A waiting job ends at once;
- * an active one is asked to. @returns missing, already, cancelled or requested.
+ * KEYS job, streams, lists; ARGV ending, retention in seconds, channel, number of streams, channel of engines, id. A
+ * waiting job ends at once; an active one is asked to. @returns missing, already, cancelled or requested.
  */
 export const cancelScript = `
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'missing' end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return 'already' end
 redis.call('HSET', KEYS[1], 'cancel', '1')
-if status ~= 'waiting' then return 'requested' end
+if status ~= 'waiting' then
+  redis.call('PUBLISH', ARGV[5], ARGV[6])
+  return 'requested'
+end
 ${streams}
 writeEnding(tonumber(ARGV[4]), ARGV[1], '')
 redis.call('HSET', KEYS[1], 'status', 'cancelled', 'ending', ARGV[1])

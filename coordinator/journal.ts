@@ -244,12 +244,11 @@ export class Journal extends JournalReader {
     if (request === null) throw unknownJob(id);
     const count = sequenceCount(JSON.parse(request) as Request);
     const keys = keysOf(id, count);
-    const args = [JSON.stringify(ending), RETENTION_S, channelOf(id), count];
+    const args = [JSON.stringify(ending), RETENTION_S, channelOf(id), count, CANCEL_CHANNEL, id];
     const outcome = (await this.call(() =>
       this.redis.eval(cancelScript, keys.length, ...keys, ...args),
     )) as 'missing' | 'already' | 'cancelled' | 'requested';
     if (outcome === 'missing') throw unknownJob(id);
-    if (outcome === 'requested') await this.call(() => this.redis.publish(CANCEL_CHANNEL, id));
     return outcome;
   }
 

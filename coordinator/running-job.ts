@@ -58,6 +58,8 @@ export class RunningJob {
   readonly #cachedTokens: (number | undefined)[] = [];
   #deadline: NodeJS.Timeout | undefined;
   #isDecided = false;
+  /** What it wrote as its ending, and the text with it; null while it has not. */
+  #ended: readonly [Ending, string] | null = null;
   /** Whether it waits until the engine has no other job. */
   #isHeldBack: boolean;
   #resolve: (outcome: string) => void = () => undefined;
@@ -301,6 +303,7 @@ export class RunningJob {
     void (async () => {
       if (before !== undefined) await this.#writer.insist(before);
       const isOurs = await this.#writer.end(ending, heldText);
+      if (isOurs) this.#ended = [ending, heldText];
       if (isOurs) await this.#taken.finish(ending.status === 'failed', this.#unusedTokens);
       else this.#taken.drop();
       this.#resolve(isOurs ? ending.status : 'abandoned');
@@ -326,6 +329,13 @@ export class RunningJob {
     const { request } = this.#take;
     const prompts = promptTokenCount(request) * sequencesPerPrompt(request);
     return Math.max(0, this.#taken.held.tokens - prompts - this.#newTokens);
+  }
+
+  /** Redis is back, perhaps without the last second: an ending that it lost is written again, with all before it. */
+  async confirmEnding(): Promise<void> {
+    if (this.#ended === null) return;
+    const [ending, heldText] = this.#ended;
+    await this.#writer.end(ending, heldText);
   }
 
   /** True for the first event that decides; the sequence leaves the engine then. */

@@ -178,6 +178,42 @@ void test('an engine stops in time while its endings wait for a dead Redis, whic
   await nextTaker.close();
 });
 
+void test('an ending that Redis forgot is written again, with what came before it', async () => {
+  const model = 'forgotten';
+  const id = newJobId();
+  await journal.create(id, requestOf(model), terms);
+  const queue = new JobQueue(redis.url, model);
+  await queue.submit(id, terms);
+  const over = new AbortController();
+  const engine = new HoldingEngine();
+  const taker = new JobTaker(redis.url, model, ignore);
+  const runner = new JobRunner(engine, journal, taker, 'e', quiet);
+  const running = runner.run(over.signal, over.signal);
+  await once(engine, 'added', { signal: AbortSignal.timeout(20_000) });
+  const sink = engine.sinks.get(id)!;
+  for (const token of [5, 6, 7]) sink.token(token, `${token}`);
+  sink.end('length', '.');
+  const { tokenIds, end } = await readAll(id);
+  assert.deepEqual(tokenIds, [5, 6, 7]);
+  while (runner.runningCount > 0) await new Promise((resolve) => setImmediate(resolve));
+  // As when the last second is lost: the end, and a token before it.
+  const stream = `caravan:{${id}}:journal:0`;
+  await raw.del(stream);
+  await raw.xadd(stream, '1-0', 'tokens', '5', 'texts', '["5"]');
+  await raw.hdel(`caravan:{${id}}:job`, 'ending');
+  await raw.hset(`caravan:{${id}}:job`, 'status', 'active');
+  await redis.kill('SIGTERM');
+  await redis.restart();
+  const again = await readAll(id);
+  assert.deepEqual(again.tokenIds, [5, 6, 7]);
+  assert.deepEqual(again.end, end);
+  assert.equal((await journal.job(id))?.status, 'completed');
+  over.abort();
+  await running;
+  await taker.close();
+  await queue.close();
+});
+
 void test('an engine that lost its job renews its lock no more', async () => {
   const model = 'dropped';
   const id = newJobId();
