@@ -106,7 +106,9 @@ async function readyOf(child: ChildProcess): Promise<{ model: string; metricsUrl
     child.once('exit', (code) => {
       fail(`it ended with code ${code ?? '?'}`);
     });
-    child.once('message', (message: { model: string; metricsUrl: string }) => {
+    // Before, it tells how ranks load.
+    child.on('message', (message: { type: string; model: string; metricsUrl: string }) => {
+      if (message.type !== 'ready') return;
       clearTimeout(timer);
       child.removeAllListeners('exit');
       resolve(message);
