@@ -157,6 +157,33 @@ void test('a group over nodes is a LeaderWorkerSet whose ranks find each other',
   assert.deepEqual(coordinator.env![0]!.valueFrom, { fieldRef: { fieldPath: 'metadata.name' } });
 });
 
+void test('engines know their ordinal where the highest goes first', { skip }, () => {
+  for (const [values, kind, label] of [
+    [{ workload: 'StatefulSet' }, 'StatefulSet', 'apps.kubernetes.io/pod-index'],
+    [{ tp: 4, nodes: 2 }, 'LeaderWorkerSet', 'leaderworkerset.sigs.k8s.io/group-index'],
+    [{}, 'Deployment', null],
+  ] as const) {
+    const { env } = containerOf(podOf(only(values), kind, NAME), 'coordinator');
+    const ordinal = env!.find(({ name }) => name === 'CARAVAN_ORDINAL');
+    assert.equal(
+      at(ordinal, 'valueFrom.fieldRef.fieldPath'),
+      label === null ? undefined : `metadata.labels['${label}']`,
+    );
+  }
+});
+
+void test('weights are kept where values say', { skip }, () => {
+  const pod = podOf(
+    only({ weightCache: { kind: 'claim', claimName: 'weights' } }),
+    'Deployment',
+    NAME,
+  );
+  const { env } = containerOf(pod, 'coordinator');
+  assert.equal(env!.find(({ name }) => name === 'CARAVAN_WEIGHT_CACHE')!.value, '/weights');
+  const { volumeMounts } = containerOf(pod, 'rank-0');
+  assert.ok(volumeMounts!.some((m) => m.name === 'weights' && m.mountPath === '/weights'));
+});
+
 void test('ranks of a Pod share /dev/shm of the size that values say', { skip }, () => {
   for (const [objects, kind] of [
     [only({ shmSize: '3Gi' }), 'Deployment'],
@@ -301,6 +328,34 @@ void test(
       assert.equal(at(find(objects, kind, NAME), 'spec.replicas'), undefined);
       const service = find(objects, 'Service', 'llama-scaler');
       assert.equal(at(service, 'spec.ports.0.port'), 6000);
+    }
+  },
+);
+
+void test(
+  'only engines of Deployments change their Pod, and only coordinators have the token',
+  { skip },
+  () => {
+    const objects = only({ source: { kind: 'claim', claim: { name: 'models' } } });
+    const pod = podOf(objects, 'Deployment', NAME);
+    assert.equal(pod.spec.serviceAccountName, 'llama-engine');
+    const holders = containersOf(pod).filter(({ volumeMounts }) =>
+      volumeMounts!.some(({ name }) => name === 'service-account'),
+    );
+    assert.deepEqual(
+      holders.map(({ name }) => name),
+      ['coordinator'],
+    );
+    assert.ok(holders[0]!.args.includes('--pod-deletion-cost'));
+    const role = find(objects, 'Role', 'llama-engine') as Manifest & { rules: unknown };
+    assert.deepEqual(role.rules, [{ apiGroups: [''], resources: ['pods'], verbs: ['patch'] }]);
+    for (const [workload, objects] of [
+      ['StatefulSet', only({ workload: 'StatefulSet' })],
+      ['Deployment', render({ deletionCost: { enabled: false }, models: [{ name: 'm' }] })],
+    ] as const) {
+      const { spec } = podOf(objects, workload, NAME);
+      assert.equal(spec.serviceAccountName, undefined);
+      assert.ok(!spec.containers[0]!.args.includes('--pod-deletion-cost'));
     }
   },
 );

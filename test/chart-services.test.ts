@@ -168,6 +168,7 @@ void test('only those talk to each other that must', { skip }, () => {
 
 void test('a hub is reached by those alone that pull', { skip }, () => {
   const objects = render({
+    deletionCost: { enabled: false },
     models: [{ name: 'one' }, { name: 'two', source: { kind: 'pull', pull: { model: 'hf:a/b' } } }],
   });
   const reaches443 = (name: string): boolean =>

@@ -42,6 +42,7 @@ const wrong: readonly (readonly [object, RegExp])[] = [
   [model({ source: { kind: 'claim' } }), /models: m: source\.claim\.name must name/],
   [model({ source: { kind: 'pull' } }), /models: m: source\.pull\.model must be hf:ORG\/NAME/],
   [model({ source: { kind: 'image' } }), /models: m: source\.image\.reference must name an image/],
+  [model({ weightCache: { kind: 'claim' } }), /models: m: weightCache\.claimName must name/],
   [model({ autoscaling: { minReplicas: 9 } }), /models: m: autoscaling\.minReplicas is above max/],
   [{ redis: { external: { url: 'redis://x' } } }, /redis: either enabled, or external\.url/],
   [{ redis: { enabled: false } }, /redis: with enabled false, external\.url or/],

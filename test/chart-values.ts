@@ -56,17 +56,19 @@ const switches: readonly Variant[] = [
     },
   },
   {
-    title: 'no network policies',
-    values: { networkPolicy: { enabled: false } },
+    title: 'no network policies, no deletion cost',
+    values: { networkPolicy: { enabled: false }, deletionCost: { enabled: false } },
   },
   {
-    title: 'narrow network policies',
+    title: 'narrow network policies, own Pod only',
     values: {
       networkPolicy: {
         gatewayFrom: [{ podSelector: { matchLabels: { app: 'ingress' } } }],
         gatewayEgress: [{ ports: [{ port: 443 }] }],
         engineEgress: [{ ports: [{ port: 443 }] }],
+        apiServerCidr: '10.0.0.1/32',
       },
+      deletionCost: { ownPodOnly: true },
     },
   },
   { title: 'everything watched', values: watched() },
@@ -133,6 +135,14 @@ const groups: readonly Variant[] = [
   },
 ];
 
+const caches: readonly Variant[] = [
+  {
+    title: 'weights cached on a claim',
+    values: model({ weightCache: { kind: 'claim', claimName: 'weights' } }),
+  },
+  { title: 'weights cached on "kind":"node"', values: model({ weightCache: { kind: 'node' } }) },
+];
+
 const sources: readonly Variant[] = [
   { kind: 'claim', claim: { name: 'models', path: 'llama-2-7b' } },
   { kind: 'pull', pull: { model: 'hf:org/name@v1' } },
@@ -182,6 +192,7 @@ export const severalModels = {
 export const variants: readonly Variant[] = [
   ...switches,
   ...groups,
+  ...caches,
   ...sources,
   { title: 'several models', values: severalModels },
   { title: 'several models, everything watched', values: { ...severalModels, ...watched() } },

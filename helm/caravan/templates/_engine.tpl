@@ -23,6 +23,30 @@ caravan-tiny
   emptyDir:
     medium: Memory
     sizeLimit: {{ .engine.shmSize }}
+{{- if eq .engine.weightCache.kind "claim" }}
+- name: weights
+  persistentVolumeClaim:
+    claimName: {{ .engine.weightCache.claimName }}
+{{- else if eq .engine.weightCache.kind "node" }}
+- name: weights
+  hostPath:
+    path: {{ .engine.weightCache.path }}
+    type: Directory
+{{- end }}
+{{- if include "caravan.keepsDeletionCost" . }}
+# For the coordinator alone: the other containers have nothing to say to Kubernetes.
+- name: service-account
+  projected:
+    sources:
+      - serviceAccountToken: { path: token, expirationSeconds: 3600 }
+      - configMap:
+          name: kube-root-ca.crt
+          items: [{ key: ca.crt, path: ca.crt }]
+      - downwardAPI:
+          items:
+            - path: namespace
+              fieldRef: { fieldPath: metadata.namespace }
+{{- end }}
 {{- if eq $source.kind "claim" }}
 - name: models
   persistentVolumeClaim:
@@ -53,6 +77,10 @@ caravan-tiny
 {{- define "caravan.engineMounts" -}}
 - name: shm
   mountPath: /dev/shm
+{{- if ne .engine.weightCache.kind "none" }}
+- name: weights
+  mountPath: /weights
+{{- end }}
 {{- if ne .engine.source.kind "embedded" }}
 - name: models
   mountPath: /models
@@ -227,6 +255,9 @@ caravan-tiny
     # What runs then is left to the journal, and goes on in another engine.
     - --drain-timeout={{ max 1 (sub $engine.terminationGracePeriodSeconds 10) }}
     - --stall-timeout={{ int $engine.stallSeconds }}
+    {{- if include "caravan.keepsDeletionCost" . }}
+    - --pod-deletion-cost
+    {{- end }}
     - --log-level={{ $engine.logLevel }}
     {{- range $engine.coordinatorArgs }}
     - {{ . | quote }}
@@ -238,6 +269,18 @@ caravan-tiny
     - name: POD_NAMESPACE
       valueFrom:
         fieldRef: { fieldPath: metadata.namespace }
+    {{- /* Who goes first when engines are to be fewer is the highest ordinal: new work goes to low ones. */}}
+    {{- if or $engine.isSpread (eq $engine.workload "StatefulSet") }}
+    - name: CARAVAN_ORDINAL
+      valueFrom:
+        fieldRef:
+          fieldPath: metadata.labels['{{ ternary "leaderworkerset.sigs.k8s.io/group-index" "apps.kubernetes.io/pod-index" $engine.isSpread }}']
+    {{- end }}
+    {{- if ne $engine.weightCache.kind "none" }}
+    # As the ranks see it.
+    - name: CARAVAN_WEIGHT_CACHE
+      value: /weights
+    {{- end }}
     {{- include "caravan.redisEnvironment" (dict "root" .root) | nindent 4 }}
     {{- with $engine.env }}
     {{- toYaml . | nindent 4 }}
@@ -261,11 +304,19 @@ caravan-tiny
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: 2
-  {{- if ne $engine.source.kind "embedded" }}
+  {{- $keepsCost := include "caravan.keepsDeletionCost" . }}
+  {{- if or $keepsCost (ne $engine.source.kind "embedded") }}
   volumeMounts:
+    {{- if ne $engine.source.kind "embedded" }}
     - name: models
       mountPath: /models
       readOnly: true
+    {{- end }}
+    {{- if $keepsCost }}
+    - name: service-account
+      mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+      readOnly: true
+    {{- end }}
   {{- end }}
   resources: {{- toYaml $engine.coordinatorResources | nindent 4 }}
   securityContext: {{- toYaml .root.Values.containerSecurityContext | nindent 4 }}
@@ -293,6 +344,9 @@ spec:
   {{- end }}
   terminationGracePeriodSeconds: {{ int $engine.terminationGracePeriodSeconds }}
   securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 4 }}
+  {{- if include "caravan.keepsDeletionCost" . }}
+  serviceAccountName: {{ include "caravan.name" .root }}-engine
+  {{- end }}
   volumes: {{- include "caravan.engineVolumes" . | nindent 4 }}
   {{- if or (ne .part "worker") (eq $engine.source.kind "pull") }}
   initContainers:

@@ -104,6 +104,9 @@ imagePullPolicy: {{ .image.pullPolicy }}
 {{- if and (eq $source.kind "image") (not $source.image.reference) }}
 {{- fail (printf "%s: source.image.reference must name an image" $where) }}
 {{- end }}
+{{- if and (eq $engine.weightCache.kind "claim") (not $engine.weightCache.claimName) }}
+{{- fail (printf "%s: weightCache.claimName must name a PersistentVolumeClaim" $where) }}
+{{- end }}
 {{- if gt (int $engine.autoscaling.minReplicas) (int $engine.autoscaling.maxReplicas) }}
 {{- fail (printf "%s: autoscaling.minReplicas is above maxReplicas" $where) }}
 {{- end }}
