@@ -48,6 +48,7 @@ void test('a rank is a container with one GPU, beside which it sees no other', {
   const [coordinator, ...others] = pod.spec.containers;
   assert.deepEqual(others, []);
   assert.equal(gpus(coordinator!), undefined);
+  assert.equal(flag(coordinator!, 'device'), 'cuda');
   assert.equal(
     flag(coordinator!, 'ranks'),
     '127.0.0.1:7000,127.0.0.1:7001,127.0.0.1:7002,127.0.0.1:7003',

@@ -168,12 +168,12 @@ const sources: readonly Variant[] = [
 
 /** Three models side by side, of three kinds. */
 export const severalModels = {
-  engine: { logLevel: 'warn', exact: true, replicas: 3 },
+  engine: { logLevel: 'warn', maxBatchSize: 32, exact: true, replicas: 3 },
   models: [
     { name: 'tiny', exact: false, replicas: 0 },
     {
       name: 'llama-7b',
-      device: 'cuda',
+      threads: 8,
       tp: 2,
       workload: 'StatefulSet',
       source: { kind: 'claim', claim: { name: 'models', path: 'llama-2-7b' } },
@@ -181,6 +181,7 @@ export const severalModels = {
     {
       name: 'llama-70b',
       device: 'cuda',
+      exact: false,
       tp: 16,
       nodes: 2,
       source: { kind: 'pull', pull: { model: 'hf:meta-llama/Llama-2-70b-chat-hf' } },

@@ -6,8 +6,8 @@ import { test } from 'node:test';
 import { parse } from 'yaml';
 import { packageRoot } from '../coordinator/package-root.js';
 import type { LlamaConfig } from '../model/config.js';
-import { kvBytes, listSlices, planRanks, slicesOf } from '../model/plan.js';
-import { weightBytes, weightForms } from '../model/weights.js';
+import { kvBytes, planRanks, slicesOf } from '../model/plan.js';
+import { formBytes, kvElementBytes, weightBytes, weightForms } from '../model/weights.js';
 import { render, skipWithoutHelm } from './chart.js';
 
 const docs = fs.readFileSync(path.join(packageRoot, 'docs/kubernetes.md'), 'utf8');
@@ -36,18 +36,14 @@ const POSITIONS = 4096;
 const CARDS_GB = [24, 48, 80, 141];
 const USABLE = 0.9;
 
-/** Bytes of the largest rank. */
-function largestRank(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [number, number] {
-  const forms = weightForms(config, tp, 'int4', false);
-  const grid = mode === 'int4' ? forms.ffnGrid : 1;
-  const ranks = planRanks(config, tp, grid).map((plan): [number, number] => {
-    const elements = listSlices(slicesOf(config, plan)).reduce(
-      (sum, { rows, columns }) => sum + rows.count * columns.count,
-      0,
-    );
-    const weights = mode === 'fp16' ? 2 * elements : weightBytes(config, plan, forms);
-    // In 16 bits, of float32's 32.
-    return [weights, kvBytes(config, plan, POSITIONS, SLOTS) / 2];
+/** Bytes of weights and KV that the fullest card holds. */
+function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [number, number] {
+  const forms = weightForms(config, tp, mode, false, 'cuda');
+  const ranks = planRanks(config, tp, forms.ffnGrid).map((plan): [number, number] => {
+    const { rows, columns } = slicesOf(config, plan).embedding;
+    const onHost = formBytes(forms.embedding, rows.count, columns.count);
+    const kv = kvBytes(config, plan, POSITIONS, SLOTS) * (kvElementBytes('cuda', mode) / 4);
+    return [weightBytes(config, plan, forms) - onHost, kv];
   });
   return ranks.reduce((most, rank) => (rank[0] + rank[1] > most[0] + most[1] ? rank : most));
 }
@@ -56,7 +52,7 @@ function largestRank(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [n
 const sizes = models.flatMap(([name, config, tps]) =>
   (['fp16', 'int4'] as const).flatMap((mode) =>
     tps.map((tp) => {
-      const [weights, kv] = largestRank(config, tp, mode).map((bytes) => bytes / 1e9);
+      const [weights, kv] = fullestCard(config, tp, mode).map((bytes) => bytes / 1e9);
       const card = CARDS_GB.find((gigabytes) => USABLE * gigabytes >= weights! + kv!);
       const cards = card === undefined ? 'none: a higher tp' : `${tp} × ${card} GB`;
       return [name, mode, String(tp), `${weights!.toFixed(1)} GB`, `${kv!.toFixed(1)} GB`, cards];

@@ -239,6 +239,7 @@ caravan-tiny
     - dist/coordinator/cli/main.js
     - coordinator
     - --ranks={{ include "caravan.rankAddresses" . }}
+    - --device={{ $engine.device }}
     - --model={{ include "caravan.modelPath" . }}
     - --served-model-name={{ $engine.servedName }}
     - --weights={{ $engine.weights }}

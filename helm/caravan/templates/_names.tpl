@@ -85,6 +85,13 @@ imagePullPolicy: {{ .image.pullPolicy }}
 {{- if and $engine.gpuDirect (ne $engine.device "cuda") }}
 {{- fail (printf "%s: gpuDirect needs device cuda" $where) }}
 {{- end }}
+{{- if and $engine.exact (ne $engine.device "cpu") }}
+{{- fail (printf "%s: only cpu can be exact" $where) }}
+{{- end }}
+{{- $modes := ternary (list "auto" "fp32" "int8" "int4" "int4+int8") (list "auto" "fp32" "fp16" "int4") (eq $engine.device "cpu") }}
+{{- if not (has $engine.weights $modes) }}
+{{- fail (printf "%s: weights %s is not for %s: take one of %s" $where $engine.weights $engine.device (join ", " $modes)) }}
+{{- end }}
 {{- if and $engine.exact (eq $engine.weights "int4+int8") }}
 {{- fail (printf "%s: weights int4+int8 chooses by the number of rows and cannot be exact" $where) }}
 {{- end }}
