@@ -73,6 +73,36 @@ void test('Redis of the release keeps jobs, and nothing else may be asked of it'
   }
 });
 
+void test('files of an external Redis are mounted where its URL names them', { skip }, () => {
+  const url = 'rediss+sentinel://a:26379/main?ca=/etc/caravan/redis/ca.crt';
+  const redis = { enabled: false, external: { url, mountSecret: 'files', ports: [26_379, 6380] } };
+  const objects = render({ redis });
+  for (const name of ['llama-gateway', 'llama-engine-caravan-tiny']) {
+    const { spec } = podOf(objects, 'Deployment', name);
+    assert.deepEqual(
+      at(
+        spec.volumes!.find((volume) => volume.name === 'redis'),
+        'secret',
+      ),
+      {
+        secretName: 'files',
+        defaultMode: 0o440,
+      },
+    );
+    const [container] = spec.containers;
+    assert.ok(container!.volumeMounts!.some((mount) => mount.mountPath === '/etc/caravan/redis'));
+    assert.equal(container!.env!.find((variable) => variable.name === 'CARAVAN_REDIS')!.value, url);
+    const egress = at(find(objects, 'NetworkPolicy', name), 'spec.egress.1.ports');
+    assert.deepEqual(egress, [
+      { port: 26_379, protocol: 'TCP' },
+      { port: 6380, protocol: 'TCP' },
+    ]);
+    const rank = (spec.initContainers ?? []).flatMap(({ volumeMounts }) => volumeMounts ?? []);
+    assert.ok(rank.every((mount) => mount.name !== 'redis'));
+  }
+  assert.ok(objects.every(({ kind }) => kind !== 'StatefulSet'));
+});
+
 /** Whether Pods with these labels are the ones that a selector means. */
 const selects = (matchLabels: unknown, labels: Readonly<Record<string, string>>): boolean =>
   Object.entries(matchLabels as Record<string, string>).every(

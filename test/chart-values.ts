@@ -17,6 +17,20 @@ const switches: readonly Variant[] = [
     values: external({ urlSecret: { name: 'redis' }, ports: [6380, 26379] }),
   },
   {
+    title: 'Redis by Sentinels over TLS',
+    values: {
+      redis: {
+        enabled: false,
+        external: {
+          url: 'rediss+sentinel://a:26379,b:26379/main?ca=/etc/caravan/redis/ca.crt',
+          mountSecret: 'redis-files',
+          ports: [6379, 26379],
+        },
+      },
+      gateway: { files: { kind: 's3', url: 's3://bucket' } },
+    },
+  },
+  {
     title: 'Redis with a password, on a class of storage',
     values: {
       redis: {

@@ -231,6 +231,20 @@ caravan-tiny
 {{- join "," $addresses }}
 {{- end }}
 
+{{- define "caravan.coordinatorMounts" -}}
+{{- if ne .engine.source.kind "embedded" }}
+- name: models
+  mountPath: /models
+  readOnly: true
+{{- end }}
+{{- if include "caravan.keepsDeletionCost" . }}
+- name: service-account
+  mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+  readOnly: true
+{{- end }}
+{{ include "caravan.redisMounts" . }}
+{{- end }}
+
 {{- define "caravan.coordinatorContainer" -}}
 {{- $engine := .engine }}
 - name: coordinator
@@ -305,19 +319,9 @@ caravan-tiny
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: 2
-  {{- $keepsCost := include "caravan.keepsDeletionCost" . }}
-  {{- if or $keepsCost (ne $engine.source.kind "embedded") }}
-  volumeMounts:
-    {{- if ne $engine.source.kind "embedded" }}
-    - name: models
-      mountPath: /models
-      readOnly: true
-    {{- end }}
-    {{- if $keepsCost }}
-    - name: service-account
-      mountPath: /var/run/secrets/kubernetes.io/serviceaccount
-      readOnly: true
-    {{- end }}
+  {{- $mounts := include "caravan.coordinatorMounts" . | trim }}
+  {{- with $mounts }}
+  volumeMounts: {{- . | nindent 4 }}
   {{- end }}
   resources: {{- toYaml $engine.coordinatorResources | nindent 4 }}
   securityContext: {{- toYaml .root.Values.containerSecurityContext | nindent 4 }}
@@ -348,7 +352,11 @@ spec:
   {{- if include "caravan.keepsDeletionCost" . }}
   serviceAccountName: {{ include "caravan.name" .root }}-engine
   {{- end }}
-  volumes: {{- include "caravan.engineVolumes" . | nindent 4 }}
+  volumes:
+    {{- include "caravan.engineVolumes" . | nindent 4 }}
+    {{- if ne .part "worker" }}
+    {{- include "caravan.redisVolumes" . | nindent 4 }}
+    {{- end }}
   {{- if or (ne .part "worker") (eq $engine.source.kind "pull") }}
   initContainers:
     {{- if eq $engine.source.kind "pull" }}

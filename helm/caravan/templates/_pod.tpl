@@ -72,3 +72,21 @@ topologySpreadConstraints:
 {{- fail "redis: with enabled false, external.url or external.urlSecret.name must say where Redis is" }}
 {{- end }}
 {{- end }}
+
+{{/* dict root: files that the URL of an external Redis names */}}
+{{- define "caravan.redisVolumes" -}}
+{{- with .root.Values.redis.external.mountSecret }}
+- name: redis
+  secret:
+    secretName: {{ . }}
+    defaultMode: 288 # 0440
+{{- end }}
+{{- end }}
+
+{{- define "caravan.redisMounts" -}}
+{{- if .root.Values.redis.external.mountSecret }}
+- name: redis
+  mountPath: /etc/caravan/redis
+  readOnly: true
+{{- end }}
+{{- end }}
