@@ -13,7 +13,7 @@ import { LlamaCalls, type Generated } from './llama-calls.js';
 import { startLocalGroup, type StartedGroup } from './local-group.js';
 import { openModelChat } from './model-tokenizer.js';
 import { encodePrompt } from './prompt.js';
-import type { Request } from './request.js';
+import { temperatureOf, type Request } from './request.js';
 
 export { CaravanError } from '../proto/errors.js';
 
@@ -239,7 +239,12 @@ export class Llama {
       refuse('context_length_exceeded', `has ${longest} tokens, and ${room}`);
     }
     const { temperature, topP, maxGenLen = maxSeqLen - 1, logprobs, echo, seed, signal } = rules;
-    const sampling = { temperature, topP, topK: 0, seed: seed ?? this.#nextSeed() };
+    const sampling = {
+      temperature: temperatureOf(temperature),
+      topP,
+      topK: 0,
+      seed: seed ?? this.#nextSeed(),
+    };
     const requests = prompts.map((promptTokenIds): Request => ({
       ...{ version: 1, model: '', promptTokenIds, sampling, maxTokens: maxGenLen, stop: [] },
       ...{ ignoreEos: false, isTextStart: true, echo },

@@ -22,6 +22,7 @@ import {
 import {
   MAX_LOGPROBS,
   MAX_SEQUENCES,
+  temperatureOf,
   type JobTerms,
   type ModelCard,
   type Prompt,
@@ -65,7 +66,7 @@ const common = {
   stream_options: maybe(z.object({ include_usage: maybe(z.boolean()) })),
   temperature: maybe(z.number().min(0).max(2)),
   top_p: maybe(z.number().gt(0).max(1)),
-  top_k: maybe(z.number().int().min(0)),
+  top_k: maybe(z.number().int().min(-1)),
   min_p: maybe(z.number().min(0).max(1)),
   presence_penalty: maybe(z.number().min(-2).max(2)),
   frequency_penalty: maybe(z.number().min(-2).max(2)),
@@ -268,9 +269,10 @@ function finish(
       ...(others.length > 0 ? { otherPrompts: others } : {}),
       ...answers,
       sampling: {
-        temperature: body.temperature ?? card.defaults.temperature ?? 1,
+        temperature: temperatureOf(body.temperature ?? card.defaults.temperature ?? 1),
         topP: body.top_p ?? card.defaults.topP ?? 1,
-        topK: body.top_k ?? card.defaults.topK ?? 0,
+        // vLLM's clients say -1 for all.
+        topK: Math.max(0, body.top_k ?? card.defaults.topK ?? 0),
         ...(body.min_p ? { minP: body.min_p } : {}),
         ...adjustmentOf(body, card),
         seed: body.seed ?? randomInt(2 ** 47),

@@ -32,6 +32,12 @@ export interface LogitAdjustment {
   readonly biases: readonly (readonly [tokenId: number, bias: number])[];
 }
 
+/** Logits divided by less than this are beyond what floats hold, and the likeliest token is drawn in any case. */
+const LEAST_TEMPERATURE = 1e-4;
+
+/** A temperature as it was asked for, in a range that can be computed with. */
+export const temperatureOf = (asked: number): number => (asked < LEAST_TEMPERATURE ? 0 : asked);
+
 export interface Request {
   /** Wire version of this object, for engines of another release on the same queue. */
   readonly version: 1;

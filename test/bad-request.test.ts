@@ -58,7 +58,7 @@ const chats: readonly Case[] = [
   [{ messages: user, temperature: 2.5 }, 'temperature', /<=2/],
   [{ messages: user, temperature: 'hot' }, 'temperature', /expected number/],
   [{ messages: user, top_p: 0 }, 'top_p', />0/],
-  [{ messages: user, top_k: -1 }, 'top_k', />=0/],
+  [{ messages: user, top_k: -2 }, 'top_k', />=-1/],
   [{ messages: user, max_tokens: 0 }, 'max_tokens', />=1/],
   [{ messages: user, max_completion_tokens: 1.5 }, 'max_completion_tokens', /int/],
   [{ messages: user, seed: 2 ** 60 }, 'seed', /seed/],

@@ -5,6 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import OpenAI from 'openai';
+import { Random } from './random.js';
 import { descendants, startUp } from './up-process.js';
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-clients-'));
@@ -40,7 +41,10 @@ void test('a chat is streamed in pieces that make the whole answer, with its usa
   assert.ok(text.length > 100 && chunkCount > 20, 'a story, in many chunks');
   assert.equal(finishReason, 'stop');
   assert.equal(whole.choices[0]!.finish_reason, 'stop');
-  assert.deepEqual(usage, whole.usage);
+  // The second of them finds the prompt in the cache.
+  const { prompt_tokens_details: cached, ...counts } = usage!;
+  assert.deepEqual({ ...whole.usage, ...counts }, whole.usage);
+  assert.ok(cached!.cached_tokens! > 0 && cached!.cached_tokens! < counts.prompt_tokens);
   assert.equal(
     whole.usage!.total_tokens,
     whole.usage!.prompt_tokens + whole.usage!.completion_tokens,
@@ -179,4 +183,71 @@ void test('errors have the shape that the client expects', async () => {
   const malformed = await fetch(`${up.url}/v1/chat/completions`, { method: 'POST', body: '{"a":' });
   assert.equal(malformed.status, 400);
   assert.match(await malformed.text(), /"type":"invalid_request_error"/);
+});
+
+/** Biases that make answers of the bytes of é (C3 A9), of which two stand for a character and others for none. */
+const broken = { 3: -100, ...Object.fromEntries([0xc3, 0xa9, 0x61].map((byte) => [byte + 3, 60])) };
+
+void test('stop texts never leak and never eat, in any of several streams, across tokens and bytes', async () => {
+  const random = new Random(77);
+  let cut = 0;
+  for (let round = 0; round < 10; round += 1) {
+    const settings = {
+      ...{ model, n: 2, max_tokens: 40, seed: round, temperature: 1, ignore_eos: true },
+      ...(round % 2 === 0 ? { logit_bias: broken } : {}),
+    };
+    const asked = { ...settings, prompt: 'The llama' };
+    const whole = await client.completions.create(asked);
+    const texts = whole.choices.map(({ text }) => Array.from(text));
+    // From the middle of either answer; of several, whichever comes first ends it.
+    const stop = Array.from({ length: 1 + (round % 2) }, () => {
+      const text = texts[random.below(2)]!;
+      const from = random.below(text.length - 6);
+      return text.slice(from, from + 1 + random.below(6)).join('');
+    });
+    const expected = whole.choices.map(({ text }) => {
+      const ends = stop.map((each) => text.indexOf(each)).filter((at) => at >= 0);
+      cut += ends.length > 0 ? 1 : 0;
+      return ends.length > 0 ? text.slice(0, Math.min(...ends)) : text;
+    });
+    const stopped = await client.completions.create({ ...asked, stop });
+    assert.deepEqual(
+      stopped.choices.map(({ text }) => text),
+      expected,
+    );
+    const streamed = ['', ''];
+    for await (const { choices } of await client.completions.create({
+      ...{ ...asked, stop, stream: true },
+    })) {
+      for (const { index, text } of choices) {
+        streamed[index]! += text;
+        assert.ok(expected[index]!.startsWith(streamed[index]!), 'nothing of a stop text is shown');
+      }
+    }
+    assert.deepEqual(streamed, expected);
+
+    const chat = { ...settings, messages: question };
+    const plain = await client.chat.completions.create({ ...chat, stop });
+    const spoken = ['', ''];
+    for await (const { choices } of await client.chat.completions.create({
+      ...{ ...chat, stop, stream: true },
+    })) {
+      for (const { index, delta } of choices) spoken[index]! += delta.content ?? '';
+    }
+    assert.deepEqual(
+      spoken,
+      plain.choices.map(({ message }) => message.content),
+    );
+    for (const text of spoken) for (const each of stop) assert.ok(!text.includes(each));
+  }
+  assert.ok(cut >= 10, `${cut} answers were cut`);
+});
+
+void test('a temperature next to none is none, and a top_k of -1 keeps all', async () => {
+  const asked = { model, prompt: 'The llama', max_tokens: 12 };
+  const textOf = async (fields: object): Promise<string> =>
+    (await client.completions.create({ ...asked, ...fields })).choices[0]!.text;
+  assert.equal(await textOf({ temperature: 5e-324 }), await textOf({ temperature: 0 }));
+  const seeded = { temperature: 1.5, seed: 8 };
+  assert.equal(await textOf({ ...seeded, top_k: -1 }), await textOf({ ...seeded, top_k: 0 }));
 });
