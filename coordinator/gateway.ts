@@ -1,6 +1,7 @@
 /** `caravan gateway`: the HTTP front. Holds no state: jobs, journals and cards are in Redis. */
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
+import type { LinkSecurity } from '../proto/link-security.js';
 import { Answers } from './answers.js';
 import { Batches, type BatchLimits } from './batches.js';
 import type { FileStorage } from './file-storage.js';
@@ -35,6 +36,8 @@ export interface GatewayOptions {
   readonly scalerPort?: number | undefined;
   /** Where jobs are served over gRPC; 0 takes a free one, left out serves none. */
   readonly grpcPort?: number | undefined;
+  /** Of KEDA's links; plain if left out. */
+  readonly security?: LinkSecurity | null;
   /** Of uploaded files and of batch results; gateways of one Redis should share it. */
   readonly storage: FileStorage;
   readonly fileLimits: FileLimits;
@@ -107,7 +110,7 @@ export async function runGateway(
   const sending = { records: webhookRecords, journal, batchRecords, log };
   const sender =
     secret === undefined || policy === null ? null : new Webhooks({ ...sending, secret, policy });
-  const scaler = scalerPort === undefined ? null : new ScalerServer(work);
+  const scaler = scalerPort === undefined ? null : new ScalerServer(work, options.security);
   const jobs = grpcPort === undefined ? null : new JobsServer({ models, journal, answers });
   try {
     const boundScalerPort = (await scaler?.listen(host, scalerPort!)) ?? null;

@@ -10,6 +10,7 @@
  * above decides, and later ones find it decided.
  */
 import { setTimeout as delay } from 'node:timers/promises';
+import { CaravanError } from '../proto/errors.js';
 import { Bell } from './bell.js';
 import type { Engine } from './engine.js';
 import type { Journal, Take } from './journal.js';
@@ -28,6 +29,8 @@ const PREEMPT_EVERY_MS = 500;
 const ENDED_KEPT_MS = 3_000;
 /** Redis that refused a take (full, say) is given time. */
 const REFUSED_TAKE_PAUSE_MS = 500;
+/** Until a job of a later release is offered again; later engines may have come by then. */
+const LATER_RELEASE_PAUSE_MS = 3_000;
 
 export class JobRunner {
   readonly #engine: Engine;
@@ -195,6 +198,11 @@ export class JobRunner {
       return await this.#journal.take(taken.id, this.#engineId);
     } catch (error) {
       this.#log.warn({ job: taken.id }, `the take was refused: ${String(error)}`);
+      if (error instanceof CaravanError && error.code === 'protocol_mismatch') {
+        // A job of a later release: it must not stand in the way of what this engine can do.
+        await taken.giveBackLater(LATER_RELEASE_PAUSE_MS);
+        return null;
+      }
       await taken.giveBack();
       await delay(REFUSED_TAKE_PAUSE_MS);
       return null;

@@ -23,6 +23,12 @@
  *   alone, step  fence of the take that began to run alone, and the last step that it began
  */
 
+/**
+ * Of what a job's keys mean. An engine takes jobs of this version and of all before it, and leaves later ones to later
+ * engines; a change that an engine of the version before would misread raises it.
+ */
+export const JOURNAL_VERSION = 1;
+
 /** Names jobs that have ended and are to be told by a webhook. */
 export const WEBHOOK_CHANNEL = 'caravan:webhook';
 /** Deaths after which a job runs alone. */
@@ -47,17 +53,19 @@ end`;
 /** KEYS job; ARGV model, request, terms, createdMs. @returns 1, or 0 when the job exists. */
 export const createScript = `
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'version', '1', 'status', 'waiting', 'model', ARGV[1], 'request', ARGV[2],
+redis.call('HSET', KEYS[1], 'version', '${JOURNAL_VERSION}', 'status', 'waiting', 'model', ARGV[1], 'request', ARGV[2],
   'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', '0')
 return 1`;
 
 /**
  * KEYS job; ARGV engine id, run of Redis.
- * @returns {missing} or {ended} or {taken, fence, cancel, request, terms, suspicion, step}.
+ * @returns {missing}, {newer, version}, {ended} or {taken, fence, cancel, request, terms, suspicion, step}.
  */
 export const takeScript = `
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return {'missing'} end
+local version = redis.call('HGET', KEYS[1], 'version')
+if tonumber(version or '1') > ${JOURNAL_VERSION} then return {'newer', version} end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'ended'} end
 local stored = redis.call('HGET', KEYS[1], 'fence')
 local died = status == 'active' and redis.call('HGET', KEYS[1], 'run') == ARGV[2]
@@ -185,7 +193,7 @@ return {'ended'}`;
 /** KEYS job; ARGV model, request, terms, createdMs, fence. Writes down a job that Redis lost. */
 export const restoreScript = `
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'version', '1', 'status', 'active', 'model', ARGV[1], 'request', ARGV[2],
+redis.call('HSET', KEYS[1], 'version', '${JOURNAL_VERSION}', 'status', 'active', 'model', ARGV[1], 'request', ARGV[2],
   'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', ARGV[5])
 return 1`;
 

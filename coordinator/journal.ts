@@ -3,6 +3,7 @@
  * nothing is shown that is not in it.
  */
 import { randomBytes } from 'node:crypto';
+import { CaravanError } from '../proto/errors.js';
 import { JournalChannels } from './journal-channels.js';
 import { progressOf, type SequenceProgress } from './journal-entry.js';
 import { channelOf, jobKey, keysOf, promptKey, streamKey } from './journal-keys.js';
@@ -15,6 +16,7 @@ import {
   endScript,
   finishScript,
   releaseScript,
+  JOURNAL_VERSION,
   restoreScript,
   stepScript,
   WEBHOOK_CHANNEL,
@@ -98,7 +100,13 @@ export class Journal extends JournalReader {
     const run = await this.call(() => this.#redisRun());
     const [kind, ...rest] = (await this.call(() =>
       this.redis.eval(takeScript, 1, jobKey(id), engineId, run),
-    )) as ['taken' | 'missing' | 'ended', ...string[]];
+    )) as ['taken' | 'missing' | 'ended' | 'newer', ...string[]];
+    if (kind === 'newer') {
+      throw new CaravanError(
+        'protocol_mismatch',
+        `${id} is of journal version ${rest[0]!}, this engine reads up to ${JOURNAL_VERSION}: it is left to a newer one`,
+      );
+    }
     if (kind !== 'taken') return { kind };
     const [fence, cancel, request, terms, suspicion, lastStep] = rest;
     const asked = JSON.parse(request!) as Request;

@@ -11,6 +11,7 @@ import { readGenerationDefaults } from '../model/generation-config.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { LoadProgress, WeightCache } from '../proto/gen/cluster.js';
+import type { LinkSecurity } from '../proto/link-security.js';
 import type { Config } from './config.js';
 import { EngineHealth } from './engine-health.js';
 import { RankEngine, type StepFigures } from './engine.js';
@@ -50,6 +51,8 @@ export interface CoordinatorOptions {
   readonly metricsPort?: number | undefined;
   /** A step or a loading that has not moved on for this long makes the engine unhealthy. */
   readonly stallTimeoutMs: number;
+  /** Of the links to ranks; plain if left out. */
+  readonly security?: LinkSecurity | null;
   /** Engines of low ordinals take jobs first. */
   readonly ordinal?: number | undefined;
   /** The Pod whose deletion cost is kept up to date. */
@@ -144,6 +147,7 @@ export async function runCoordinator(
         health.wait();
         const ranks = await Ranks.connect(options.ranks, spec, {
           signal: over,
+          security: options.security ?? null,
           onReached: (rank) => {
             health.rankReached(rank);
           },

@@ -5,7 +5,7 @@ import { openTokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import { GrammarCache } from './grammar.js';
 import type { ServedModel } from './openai.js';
-import type { ModelCard } from './request.js';
+import { CARD_VERSION, type ModelCard } from './request.js';
 import type { Store } from './store.js';
 
 /** Cards hold whole tokenizers: requests that follow each other closely share one reading of them. */
@@ -48,6 +48,13 @@ export class Models {
     if (card === undefined) {
       const asked = name === null ? 'no model is there' : `the model ${name} does not exist`;
       throw new CaravanError('not_found', `${asked}; models: ${names}`, { param: 'model' });
+    }
+    const version: number = card.version;
+    if (version > CARD_VERSION) {
+      throw new CaravanError(
+        'protocol_mismatch',
+        `the card of ${card.name} is of version ${version}, this gateway reads ${CARD_VERSION}: update the gateway`,
+      );
     }
     return { card, ...this.#open(card) };
   }

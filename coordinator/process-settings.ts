@@ -1,6 +1,6 @@
 /** Settings of processes that others watch, end and replace: on Kubernetes, or under systemd. */
 import { z } from 'zod';
-import { defaulted, fromText, onOff, onOffRule, optional, whole } from './setting.js';
+import { defaulted, fromText, onOff, onOffRule, optional, text, whole } from './setting.js';
 
 const seconds = z.preprocess(fromText, z.number().gt(0).max(31_536_000));
 const secondsRule = 'a number of seconds above 0 and up to 31536000';
@@ -26,6 +26,31 @@ export const processSettings = {
       '/livez fails when a step or the loading of weights has not moved on for this long',
     rule: secondsRule,
     schema: seconds,
+  }),
+  tlsCert: optional({
+    argument: '<file>',
+    description:
+      'PEM certificate of this process, for mutual TLS on all gRPC links (default: plain)',
+    rule: 'a file',
+    schema: text,
+  }),
+  tlsKey: optional({
+    argument: '<file>',
+    description: 'PEM key of --tls-cert',
+    rule: 'a file',
+    schema: text,
+  }),
+  tlsCa: optional({
+    argument: '<file>',
+    description: 'PEM certificate of the authority that every peer must have its own from',
+    rule: 'a file',
+    schema: text,
+  }),
+  tlsServerName: optional({
+    argument: '<name>',
+    description: 'name that certificates of peers must have (default: the address that is dialled)',
+    rule: 'a host name',
+    schema: z.string().regex(/^[\w.-]{1,253}$/),
   }),
   ordinal: optional({
     argument: '<n>',

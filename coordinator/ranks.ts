@@ -3,7 +3,7 @@
  * One long-lived stream per rank; activations never pass here.
  */
 import { randomUUID } from 'node:crypto';
-import { credentials, type ClientDuplexStream } from '@grpc/grpc-js';
+import type { ClientDuplexStream } from '@grpc/grpc-js';
 import { CaravanError, isErrorCode } from '../proto/errors.js';
 import {
   RankClient,
@@ -18,6 +18,12 @@ import {
   type WeightCache,
   type Weights,
 } from '../proto/gen/cluster.js';
+import {
+  channelCredentials,
+  channelSecurityOptions,
+  explainUnreached,
+  type LinkSecurity,
+} from '../proto/link-security.js';
 import { PROTOCOL } from '../proto/protocol.js';
 
 /** What a group is to load; every rank is told all of it. */
@@ -45,6 +51,8 @@ export interface ConnectOptions {
   readonly onReached?: (rank: number) => void;
   readonly onProgress?: (rank: number, progress: LoadProgress) => void;
   readonly signal?: AbortSignal;
+  /** Plain links if left out. */
+  readonly security?: LinkSecurity | null;
 }
 
 const CONNECT_TIMEOUT_MS = 10_000;
@@ -100,7 +108,9 @@ export class Ranks {
     spec: GroupSpec,
     options: ConnectOptions,
   ): Promise<Ranks> {
-    const links = addresses.map((address, rank) => new RankLink(rank, address));
+    const links = addresses.map(
+      (address, rank) => new RankLink(rank, address, options.security ?? null),
+    );
     const close = (): void => {
       for (const link of links) link.close();
     };
@@ -219,6 +229,7 @@ interface Waiter {
 class RankLink {
   readonly #rank: number;
   readonly #address: string;
+  readonly #security: LinkSecurity | null;
   readonly #client: RankClient;
   /** Null until the rank is reached. */
   #call: ClientDuplexStream<Command, Report> | null = null;
@@ -230,11 +241,15 @@ class RankLink {
   #markLost: (error: CaravanError) => void = () => undefined;
   readonly lost: Promise<CaravanError>;
 
-  constructor(rank: number, address: string) {
+  constructor(rank: number, address: string, security: LinkSecurity | null) {
     this.#rank = rank;
     this.#address = address;
     this.lost = new Promise((resolve) => (this.#markLost = resolve));
-    this.#client = new RankClient(address, credentials.createInsecure(), channelOptions);
+    this.#security = security;
+    this.#client = new RankClient(address, channelCredentials(security), {
+      ...channelOptions,
+      ...channelSecurityOptions(security),
+    });
   }
 
   /** Waits until the rank is reached, however often that must be tried, and opens the stream. */
@@ -246,7 +261,10 @@ class RankLink {
           resolve();
           return;
         }
-        reject(this.#describe('rank_unavailable', `not reached within ${timeoutMs} ms`));
+        void explainUnreached(this.#address, this.#security).then((reason) => {
+          const why = reason === null ? '' : `: ${reason}`;
+          reject(this.#describe('rank_unavailable', `not reached within ${timeoutMs} ms${why}`));
+        });
       });
     });
     const call = this.#client.drive();

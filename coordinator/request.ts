@@ -125,6 +125,9 @@ export type Ending =
   | { readonly status: 'cancelled' }
   | { readonly status: 'expired' };
 
+/** Of what a card means; gateways refuse later ones by name. */
+export const CARD_VERSION = 1;
+
 /** What gateways and tools must know of a model, published to Redis by its coordinators. */
 export interface ModelCard {
   readonly version: 1;

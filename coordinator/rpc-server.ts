@@ -2,12 +2,12 @@
 import {
   Metadata,
   Server,
-  ServerCredentials,
   type sendUnaryData,
   type ServerUnaryCall,
   type ServerWritableStream,
 } from '@grpc/grpc-js';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
+import { serverCredentials, type LinkSecurity } from '../proto/link-security.js';
 
 /** As large as a body over HTTP. */
 const MAX_MESSAGE_BYTES = 16 * 1024 * 1024;
@@ -19,6 +19,7 @@ export const newRpcServer = (): Server =>
 
 /**
  * @param flag names the setting in errors.
+ * @param security of its links; plain if left out.
  * @returns the port. @throws CaravanError `bad_usage` when it is taken.
  */
 export function listenRpc(
@@ -26,10 +27,11 @@ export function listenRpc(
   host: string,
   port: number,
   flag: string,
+  security: LinkSecurity | null = null,
 ): Promise<number> {
   const address = `${host.includes(':') ? `[${host}]` : host}:${port}`;
   return new Promise((resolve, reject) => {
-    server.bindAsync(address, ServerCredentials.createInsecure(), (error, bound) => {
+    server.bindAsync(address, serverCredentials(security), (error, bound) => {
       if (error === null) resolve(bound);
       else reject(new CaravanError('bad_usage', `${flag} ${port}: ${error.message}`));
     });

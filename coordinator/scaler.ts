@@ -3,7 +3,7 @@
  *
  * A trigger's metadata: `model` (required), `targetSeconds` of work that one engine should have (default 30), and
  * `tokensPerSecond` to reckon with until an engine was measured. A model that no engine has ever served is active:
- * one must come and publish its card, or no gateway would take its requests. Links are not encrypted: a
+ * one must come and publish its card, or no gateway would take its requests. Without certificates links are plain: a
  * NetworkPolicy should let only KEDA in.
  */
 import { setTimeout as delay } from 'node:timers/promises';
@@ -13,6 +13,7 @@ import {
   type ExternalScalerServer,
   type ScaledObjectRef,
 } from '../proto/gen/externalscaler.js';
+import type { LinkSecurity } from '../proto/link-security.js';
 import { listenRpc, newRpcServer, streaming, unary } from './rpc-server.js';
 import type { Work, WorkMeter } from './work.js';
 
@@ -29,11 +30,14 @@ interface Target {
 
 export class ScalerServer {
   readonly #work: WorkMeter;
+  readonly #security: LinkSecurity | null;
   readonly #server = newRpcServer();
   readonly #closing = new AbortController();
 
-  constructor(work: WorkMeter) {
+  /** @param security of its links; KEDA takes `caCert`, `tlsClientCert` and `tlsClientKey`. */
+  constructor(work: WorkMeter, security: LinkSecurity | null = null) {
     this.#work = work;
+    this.#security = security;
     const service: ExternalScalerServer = {
       isActive: unary((ref: ScaledObjectRef) => this.#isActive(ref)),
       streamIsActive: streaming(this.#closing.signal, (ref: ScaledObjectRef, signal) =>
@@ -63,7 +67,7 @@ export class ScalerServer {
 
   /** @returns the port. @throws CaravanError `bad_usage` when it is taken. */
   listen(host: string, port: number): Promise<number> {
-    return listenRpc(this.#server, host, port, '--scaler-port');
+    return listenRpc(this.#server, host, port, '--scaler-port', this.#security);
   }
 
   /** Ends open streams too: KEDA calls again, at another gateway. */

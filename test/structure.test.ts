@@ -49,7 +49,7 @@ const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
   ['ioredis', /^coordinator\/(queue|journal|store)/],
   [
     '@grpc/grpc-js',
-    /^(coordinator\/(ranks|rpc-server)|worker\/(service|lobby|peers|partial-codec))\.ts$/,
+    /^(proto\/link-security|coordinator\/(ranks|rpc-server)|worker\/(service|lobby|peers|partial-codec))\.ts$/,
   ],
   ['fastify', /^coordinator\/http/],
   ['@fastify/multipart', /^coordinator\/http-files/],

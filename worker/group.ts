@@ -4,6 +4,7 @@
 import type { Checkpoint } from '../model/checkpoint.js';
 import { CaravanError } from '../proto/errors.js';
 import type { Load } from '../proto/gen/cluster.js';
+import type { LinkSecurity } from '../proto/link-security.js';
 import { GroupAllReduce, SoloAllReduce, type AllReduce } from './all-reduce.js';
 import type { LoadedShard, OpenPass } from './device.js';
 import { Forward } from './forward.js';
@@ -34,11 +35,12 @@ export class Group {
     load: Load,
     lobby: Lobby,
     signal: AbortSignal,
+    security: LinkSecurity | null = null,
   ): Promise<Group> {
     const { config, plan } = shard;
     const pacer = new Pacer();
     const capacity = load.maxStepRows * config.hiddenSize;
-    const peers = await meetPeers(load, capacity, lobby, signal);
+    const peers = await meetPeers(load, capacity, lobby, signal, security);
     const allReduce =
       plan.tp === 1
         ? new SoloAllReduce(capacity, pacer)

@@ -10,6 +10,7 @@ import type { Device } from './device.js';
 import { HostDevice } from './host-device.js';
 import { Ort } from './ort.js';
 import { serveHealth } from './health-port.js';
+import { linkSecurity } from '../proto/link-security.js';
 import { RankServer } from './service.js';
 import { SharedSegment } from './shared-memory.js';
 
@@ -77,6 +78,16 @@ const program = new Command('caravan worker')
     `SIGTERM waits this long for the coordinator to let go (default: ${DRAIN_TIMEOUT_S}, or 0 under a parent of ours)`,
     seconds,
   )
+  .option(
+    '--tls-cert <file>',
+    'PEM certificate of this rank, for mutual TLS (default: plain links)',
+  )
+  .option('--tls-key <file>', 'PEM key of --tls-cert')
+  .option('--tls-ca <file>', 'PEM certificate of the authority of all peers')
+  .option(
+    '--tls-server-name <name>',
+    'name that certificates of peers must have (default: their address)',
+  )
   .option('--log-level <level>', 'trace, debug, info, warn, error or silent', 'info')
   .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2));
 
@@ -90,6 +101,10 @@ const options = program.parse().opts<{
   healthHost?: string;
   stallTimeout: number;
   drainTimeout?: number;
+  tlsCert?: string;
+  tlsKey?: string;
+  tlsCa?: string;
+  tlsServerName?: string;
   logLevel: string;
 }>();
 
@@ -111,7 +126,7 @@ const log = pino(
 try {
   SharedSegment.removeOrphans();
   const device = openDevice(options);
-  const server = new RankServer(device, log);
+  const server = new RankServer(device, log, linkSecurity(options));
   const port = await server.listen(options.listen);
   const bound = options.listen.replace(/:\d+$/, `:${port}`);
   log.info({ address: bound }, 'listening');

@@ -2,8 +2,13 @@
  * How the ranks of a group meet: each calls each other, says on which host it lives, and hears the same. Ranks of
  * one host show each other their partials in shared memory; the streams between them only tell when one is gone.
  */
-import { Client, credentials, type ClientReadableStream } from '@grpc/grpc-js';
+import { Client, type ClientReadableStream } from '@grpc/grpc-js';
 import { CaravanError } from '../proto/errors.js';
+import {
+  channelCredentials,
+  channelSecurityOptions,
+  type LinkSecurity,
+} from '../proto/link-security.js';
 import { Transport, type Load, type RankPartial } from '../proto/gen/cluster.js';
 import type { Lobby, PeerCall } from './lobby.js';
 import { decodePartial, partialsMethod } from './partial-codec.js';
@@ -48,6 +53,7 @@ export async function meetPeers(
   capacity: number,
   lobby: Lobby,
   signal: AbortSignal,
+  security: LinkSecurity | null = null,
 ): Promise<Peers> {
   const { peers, group, rank, transport } = load;
   const segment = openOwnSegment(load, capacity);
@@ -58,7 +64,7 @@ export async function meetPeers(
       peers.map(async (address, peer): Promise<PeerLink | null> => {
         if (peer === rank) return null;
         const [called, outgoing] = await Promise.all([
-          callPeer(address, { group, rank, host }, signal),
+          callPeer(address, { group, rank, host }, signal, security),
           lobby.meet({ group, rank: peer }, { host, segment: segment?.name ?? '' }, signal),
         ]);
         const { incoming, itsHost, itsSegment } = called;
@@ -121,9 +127,14 @@ type Caller = Parameters<(typeof partialsMethod)['requestSerialize']>[0];
  *
  * @throws CaravanError `rank_unavailable` when the signal aborts before.
  */
-async function callPeer(address: string, caller: Caller, signal: AbortSignal): Promise<Called> {
+async function callPeer(
+  address: string,
+  caller: Caller,
+  signal: AbortSignal,
+  security: LinkSecurity | null,
+): Promise<Called> {
   for (;;) {
-    const outcome = await callOnce(address, caller, signal);
+    const outcome = await callOnce(address, caller, signal, security);
     if (!(outcome instanceof Error)) return outcome;
     if (signal.aborted) {
       throw new CaravanError(
@@ -140,9 +151,11 @@ async function callOnce(
   address: string,
   caller: Caller,
   signal: AbortSignal,
+  security: LinkSecurity | null,
 ): Promise<Called | Error> {
-  const client = new Client(address, credentials.createInsecure(), {
+  const client = new Client(address, channelCredentials(security), {
     ...peerChannelOptions,
+    ...channelSecurityOptions(security),
     'grpc.use_local_subchannel_pool': 1,
   });
   const call = client.makeServerStreamRequest(

@@ -7,7 +7,7 @@
  * is aborted, the group is left, and the weights stay for the next Load of the same shard.
  */
 import { setMaxListeners } from 'node:events';
-import { Server, ServerCredentials, type ServerDuplexStream } from '@grpc/grpc-js';
+import { Server, type ServerDuplexStream } from '@grpc/grpc-js';
 import { openCheckpoint } from '../model/checkpoint.js';
 import { deviceCodes } from '../model/device-name.js';
 import { planRanks } from '../model/plan.js';
@@ -26,6 +26,7 @@ import {
   type LoadProgress,
   type Report,
 } from '../proto/gen/cluster.js';
+import { serverCredentials, type LinkSecurity } from '../proto/link-security.js';
 import { PROTOCOL } from '../proto/protocol.js';
 import type { Device, LoadedShard } from './device.js';
 import { checkLoad, Group } from './group.js';
@@ -48,6 +49,7 @@ export interface RankLog {
 export class RankServer {
   readonly #device: Device;
   readonly #log: RankLog;
+  readonly #security: LinkSecurity | null;
   readonly #server = new Server(peerChannelOptions);
   readonly #lobby = new Lobby();
   #kept: { readonly key: string; readonly shard: LoadedShard } | null = null;
@@ -58,9 +60,11 @@ export class RankServer {
   /** When what is under way last moved; null while nothing is. */
   #movedMs: number | null = null;
 
-  constructor(device: Device, log: RankLog) {
+  /** @param security of all its links; plain if left out. */
+  constructor(device: Device, log: RankLog, security: LinkSecurity | null = null) {
     this.#device = device;
     this.#log = log;
+    this.#security = security;
     this.#server.addService(RankService, {
       drive: (call: DriveCall) => {
         void this.#drive(call);
@@ -79,7 +83,7 @@ export class RankServer {
   /** @returns the port. @throws CaravanError `bad_usage` when the address cannot be bound. */
   listen(address: string): Promise<number> {
     return new Promise((resolve, reject) => {
-      this.#server.bindAsync(address, ServerCredentials.createInsecure(), (error, port) => {
+      this.#server.bindAsync(address, serverCredentials(this.#security), (error, port) => {
         if (error === null) resolve(port);
         else reject(new CaravanError('bad_usage', `--listen ${address}: ${error.message}`));
       });
@@ -185,7 +189,7 @@ export class RankServer {
     const shard = await this.#shardFor(call, load, signal);
     // Peers that load more slowly are no fault of ours.
     this.#movedMs = null;
-    const group = await Group.join(shard.shard, load, this.#lobby, signal);
+    const group = await Group.join(shard.shard, load, this.#lobby, signal, this.#security);
     const { vocab } = shard.shard.plan;
     const loaded = {
       weightBytes: shard.shard.weightBytes,

@@ -2,6 +2,7 @@
 import type { Command } from 'commander';
 import { weightCacheSettingNames, weightCacheTerms } from '../group-spec.js';
 import { runCoordinator } from '../main.js';
+import { linkSecurity } from '../../proto/link-security.js';
 import { podIdentity } from '../pod-deletion-cost.js';
 import {
   drainTimeoutMs,
@@ -35,6 +36,10 @@ export function register(program: Command): void {
       'metricsPort',
       'stallTimeout',
       'drainTimeout',
+      'tlsCert',
+      'tlsKey',
+      'tlsCa',
+      'tlsServerName',
       'ordinal',
       'podDeletionCost',
       'logLevel',
@@ -62,6 +67,7 @@ export function register(program: Command): void {
         speculation: s.speculation,
         host: s.host,
         metricsPort: s.metricsPort,
+        security: linkSecurity(s),
         ordinal: s.ordinal,
         pod: s.podDeletionCost ? podIdentity(process.env) : null,
         stallTimeoutMs: 1000 * s.stallTimeout,

@@ -1,6 +1,7 @@
 /** `caravan gateway`: the HTTP front, over a Redis that runs already. */
 import path from 'node:path';
 import type { Command } from 'commander';
+import { linkSecurity } from '../../proto/link-security.js';
 import { runGateway } from '../gateway.js';
 import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
 import { defaultStateFolder } from '../state-folder.js';
@@ -20,6 +21,9 @@ export function register(program: Command): void {
       'scalerPort',
       'grpcPort',
       'drainTimeout',
+      'tlsCert',
+      'tlsKey',
+      'tlsCa',
       ...fileSettingNames,
       'queueBoard',
       'webhookSecret',
@@ -44,6 +48,7 @@ export function register(program: Command): void {
         scalerPort,
         grpcPort,
         queueBoard,
+        security: linkSecurity(s),
         webhookSecret,
         webhookAllow,
         ...limits,
