@@ -100,12 +100,17 @@ export function nodeChild(
   entry: string,
   args: readonly string[],
   onMessage?: (message: Readonly<Record<string, unknown>>) => void,
+  execArgv: readonly string[] = process.execArgv,
 ): ChildSpec {
   return {
     name,
     start: () => {
       const stdio = ['ignore', 'ignore', 'inherit', 'ipc'] as const;
-      const child = fork(entry, args, { detached: true, stdio: [...stdio] });
+      const child = fork(entry, args, {
+        detached: true,
+        stdio: [...stdio],
+        execArgv: [...execArgv],
+      });
       if (onMessage !== undefined) child.on('message', onMessage);
       return child;
     },

@@ -25,9 +25,10 @@ export interface AllReduce {
   /**
    * Gives our first `count` elements of this turn to every peer and waits until theirs are here.
    *
+   * @returns null when they are here already, which costs no promise: a step has dozens of these.
    * @throws CaravanError `rank_failed` when a peer is gone or does not answer in time.
    */
-  exchange(turn: Turn, count: number): Promise<void>;
+  exchange(turn: Turn, count: number): Promise<void> | null;
   /** Ends every wait with this error. */
   abort(error: CaravanError): void;
   close(): void;
@@ -44,8 +45,13 @@ export class SoloAllReduce implements AllReduce {
     this.#pacer = pacer;
   }
 
-  async exchange(): Promise<void> {
-    if (this.#pacer.isDue) await this.#pacer.yield();
+  exchange(): Promise<void> | null {
+    if (this.#error !== null) throw this.#error;
+    return this.#pacer.isDue ? this.#yield() : null;
+  }
+
+  async #yield(): Promise<void> {
+    await this.#pacer.yield();
     if (this.#error !== null) throw this.#error;
   }
 
@@ -114,9 +120,8 @@ export class GroupAllReduce implements AllReduce {
     });
   }
 
-  async exchange(turn: Turn, count: number): Promise<void> {
+  exchange(turn: Turn, count: number): Promise<void> | null {
     this.#sequence += 1;
-    const deadlineMs = performance.now() + this.#timeoutMs;
     if (this.#messagePeers.length > 0) {
       const own = this.partials[turn]![this.#rank]!;
       // The message is a copy: the buffer is free again.
@@ -125,6 +130,31 @@ export class GroupAllReduce implements AllReduce {
       for (const { outgoing } of this.#messagePeers) outgoing.write(message);
     }
     this.#peers.segment?.publish(this.#sequence, turn, count);
+    const isPlain = this.#messagePeers.length === 0 && this.#sequence > 1 && this.#error === null;
+    if (!isPlain || !this.#isShown() || this.#pacer.isDue) return this.#wait(turn, count);
+    this.#checkCounts(turn, count);
+    return null;
+  }
+
+  /** Whether all peers in shared memory have shown their partial, or do so while we spin. */
+  #isShown(): boolean {
+    for (let i = 0; i < this.#memoryPeers.length; i += 1) {
+      const { segment } = this.#memoryPeers[i]!.link;
+      if (!segment!.has(this.#sequence) && !segment!.spin(this.#sequence, this.#spinUs))
+        return false;
+    }
+    return true;
+  }
+
+  #checkCounts(turn: Turn, count: number): void {
+    for (let i = 0; i < this.#memoryPeers.length; i += 1) {
+      const { rank, link } = this.#memoryPeers[i]!;
+      this.#checkCount(rank, link.segment!.count(turn), count);
+    }
+  }
+
+  async #wait(turn: Turn, count: number): Promise<void> {
+    const deadlineMs = performance.now() + this.#timeoutMs;
     // Some turns of the event loop, or our own partials would stay in the socket's queue.
     if (this.#messagePeers.length > 0) await this.#receiveAll(turn, count, deadlineMs);
     for (const { rank, link } of this.#memoryPeers) {
@@ -136,8 +166,8 @@ export class GroupAllReduce implements AllReduce {
         if (performance.now() >= deadlineMs && !segment!.has(this.#sequence))
           throw this.#late(rank);
       }
-      this.#checkCount(rank, segment!.count(turn), count);
     }
+    this.#checkCounts(turn, count);
     if (this.#sequence === 1) {
       // Whoever has sent a partial has mapped all segments.
       this.#peers.segment?.unlink();

@@ -9,7 +9,7 @@ import type { Pass, PassFigures, RowTop, Slots, Wish } from './pass.js';
 import type { Shard } from './shard.js';
 import type { StepLayout } from './step-layout.js';
 import { logSumExp, selectTopK } from './top-k.js';
-import type { GroupTensors, Workspace } from './workspace.js';
+import type { GroupTensors, RowTensors, Workspace } from './workspace.js';
 
 export class HostPass implements Pass {
   readonly config: LlamaConfig;
@@ -23,6 +23,7 @@ export class HostPass implements Pass {
   readonly #allReduce: AllReduce;
   #turn: Turn = 0;
   #waitMs = 0;
+  readonly #scratch: Tensor[] = [];
   #wish: Wish = { k: 1, temperatures: [] };
 
   constructor(shard: Shard, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
@@ -51,16 +52,18 @@ export class HostPass implements Pass {
     const kvViews = groups.map((group) => this.#kv.view(group.firstSlot, group.batch));
 
     this.#embed(layout);
-    await this.#exchange(rowCount);
+    const first = this.#exchange(rowCount);
+    if (first !== null) await first;
     // The residual stream: attention-in writes one buffer, ffn the other.
     const [afterAttention, afterFfn] = rows.h;
     let h: Tensor = workspace.zeros(rowCount);
+    const attentionOutputs = [afterAttention, rows.q, rows.k, rows.v];
     const variant = this.#shard.variantFor(rowCount);
     for (let l = 0; l < layers.length; l += 1) {
       const layer = layers[l]![variant]!;
       layer.attentionIn.run(
-        [h, ...this.#received(rows.partials), rows.positions, workspace.cos, workspace.sin],
-        [afterAttention, rows.q, rows.k, rows.v],
+        this.#inputs(h, rows.partials, rows.positions, workspace.cos, workspace.sin),
+        attentionOutputs,
       );
       for (let g = 0; g < groups.length; g += 1) {
         const { q, k, v, lastPositions, totalLength, attended }: GroupTensors = groupTensors[g]!;
@@ -71,13 +74,15 @@ export class HostPass implements Pass {
         );
       }
       layer.attentionOut.run([rows.attended], [rows.partials[this.#turn]![plan.rank]!]);
-      await this.#exchange(rowCount);
+      const attended = this.#exchange(rowCount);
+      if (attended !== null) await attended;
 
-      layer.ffn.run(
-        [afterAttention, ...this.#received(rows.partials)],
-        [afterFfn, rows.partials[this.#turn]![plan.rank]!],
-      );
-      await this.#exchange(rowCount);
+      layer.ffn.run(this.#inputs(afterAttention, rows.partials), [
+        afterFfn,
+        rows.partials[this.#turn]![plan.rank]!,
+      ]);
+      const fed = this.#exchange(rowCount);
+      if (fed !== null) await fed;
       h = afterFfn;
     }
     if (layout.sampledRows.length === 0) return this.#figures();
@@ -108,16 +113,33 @@ export class HostPass implements Pass {
     return { waitMs: this.#waitMs, copyMs: 0, bytesToDevice: 0, bytesToHost: 0 };
   }
 
+  /** h, the partials of the last exchange, and what else: in an array that the next call overwrites. */
+  #inputs(h: Tensor, partials: RowTensors['partials'], ...others: Tensor[]): readonly Tensor[] {
+    const received = this.#received(partials);
+    const inputs = this.#scratch;
+    inputs[0] = h;
+    for (let rank = 0; rank < received.length; rank += 1) inputs[1 + rank] = received[rank]!;
+    for (let i = 0; i < others.length; i += 1) inputs[1 + received.length + i] = others[i]!;
+    return inputs;
+  }
+
   /** Partials of the last exchange, in rank order. */
   #received(partials: readonly (readonly Tensor[])[]): readonly Tensor[] {
     return partials[this.#turn ^ 1]!;
   }
 
   /** Gives our partial of this turn to the peers and gets theirs; the next partial is of the other turn. */
-  async #exchange(rowCount: number): Promise<void> {
+  #exchange(rowCount: number): Promise<void> | null {
     const startMs = performance.now();
-    await this.#allReduce.exchange(this.#turn, rowCount * this.#shard.config.hiddenSize);
+    const waiting = this.#allReduce.exchange(this.#turn, rowCount * this.#shard.config.hiddenSize);
     this.#turn = this.#turn === 0 ? 1 : 0;
+    if (waiting !== null) return this.#await(waiting, startMs);
+    this.#waitMs += performance.now() - startMs;
+    return null;
+  }
+
+  async #await(waiting: Promise<void>, startMs: number): Promise<void> {
+    await waiting;
     this.#waitMs += performance.now() - startMs;
   }
 

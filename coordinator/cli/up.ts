@@ -10,7 +10,7 @@ import type { LoadProgress } from '../../proto/gen/cluster.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup, weightCacheSettingNames } from '../group-spec.js';
 import { LoadBars } from '../load-bars.js';
 import { openChecked } from '../local-group.js';
-import { threadsPerRank } from '../local-ranks.js';
+import { rankExecArgv, threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
 import { fileSettingNames } from '../file-settings.js';
 import { openLog } from '../process.js';
@@ -202,7 +202,7 @@ class Caravan {
     const args = ['--listen', address, '--device', deviceOfRank(device, rank)];
     args.push('--log-level', logLevel);
     args.push('--threads', String(threadsPerRank(tp)));
-    await this.#supervise(nodeChild('rank', workerEntry, args)).start();
+    await this.#supervise(nodeChild('rank', workerEntry, args, undefined, rankExecArgv)).start();
     return address;
   }
 
