@@ -185,6 +185,28 @@ void test('weights are kept where values say', { skip }, () => {
   assert.ok(volumeMounts!.some((m) => m.name === 'weights' && m.mountPath === '/weights'));
 });
 
+void test('all links of a release are mutual TLS, KEDA to the scaler included', { skip }, () => {
+  const models = [{ name: 'm', autoscaling: { enabled: true } }];
+  const mtls = { secretName: 'links', issuer: { name: 'own-ca' } };
+  const objects = render({ models, mtls });
+  const gateway = podOf(objects, 'Deployment', 'llama-gateway').spec.containers;
+  for (const container of [...containersOf(podOf(objects, 'Deployment', NAME)), ...gateway]) {
+    for (const file of ['cert', 'key', 'ca']) {
+      const folder = flag(container, `tls-${file}`)!.replace(/\/(tls|ca)\.(crt|key)$/, '');
+      assert.ok(container.volumeMounts!.some(({ mountPath }) => mountPath === folder));
+    }
+    const dialled = container.name === 'gateway' ? undefined : 'caravan';
+    assert.equal(flag(container, 'tls-server-name'), dialled);
+  }
+  const trigger = at(find(objects, 'ScaledObject', NAME), 'spec.triggers.0');
+  assert.deepEqual(at(trigger, 'authenticationRef'), { name: 'llama-scaler' });
+  find(objects, 'TriggerAuthentication', 'llama-scaler');
+  const [host] = String(at(trigger, 'metadata.scalerAddress')).split(':');
+  const certificate = find(objects, 'Certificate', 'llama');
+  assert.deepEqual(at(certificate, 'spec.dnsNames'), ['caravan', host]);
+  assert.equal(at(certificate, 'spec.secretName'), 'links');
+});
+
 void test('ranks of a Pod share /dev/shm of the size that values say', { skip }, () => {
   for (const [objects, kind] of [
     [only({ shmSize: '3Gi' }), 'Deployment'],

@@ -210,6 +210,10 @@ export const variants: readonly Variant[] = [
   ...caches,
   ...sources,
   { title: 'several models', values: severalModels },
+  {
+    title: 'several models, mutual TLS',
+    values: { ...severalModels, mtls: { secretName: 'links' } },
+  },
   { title: 'several models, everything watched', values: { ...severalModels, ...watched() } },
 ];
 

@@ -77,6 +77,7 @@ caravan-tiny
 {{- define "caravan.engineMounts" -}}
 - name: shm
   mountPath: /dev/shm
+{{- include "caravan.tlsMount" . }}
 {{- if ne .engine.weightCache.kind "none" }}
 - name: weights
   mountPath: /weights
@@ -169,6 +170,7 @@ caravan-tiny
     - --threads={{ int $engine.threads }}
     - --stall-timeout={{ int $engine.stallSeconds }}
     - --drain-timeout={{ int $engine.terminationGracePeriodSeconds }}
+    {{- include "caravan.tlsArgs" (dict "root" $.root "dials" true) | nindent 4 }}
     - --log-level={{ $engine.logLevel }}
     {{- range $engine.rankArgs }}
     - {{ . | quote }}
@@ -243,6 +245,7 @@ caravan-tiny
   readOnly: true
 {{- end }}
 {{ include "caravan.redisMounts" . }}
+{{- include "caravan.tlsMount" . }}
 {{- end }}
 
 {{- define "caravan.coordinatorContainer" -}}
@@ -270,6 +273,7 @@ caravan-tiny
     # What runs then is left to the journal, and goes on in another engine.
     - --drain-timeout={{ max 1 (sub $engine.terminationGracePeriodSeconds 10) }}
     - --stall-timeout={{ int $engine.stallSeconds }}
+    {{- include "caravan.tlsArgs" (dict "root" .root "dials" true) | nindent 4 }}
     {{- if include "caravan.keepsDeletionCost" . }}
     - --pod-deletion-cost
     {{- end }}
@@ -354,6 +358,7 @@ spec:
   {{- end }}
   volumes:
     {{- include "caravan.engineVolumes" . | nindent 4 }}
+    {{- include "caravan.tlsVolume" . | nindent 4 }}
     {{- if ne .part "worker" }}
     {{- include "caravan.redisVolumes" . | nindent 4 }}
     {{- end }}

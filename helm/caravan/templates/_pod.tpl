@@ -90,3 +90,33 @@ topologySpreadConstraints:
   readOnly: true
 {{- end }}
 {{- end }}
+
+{{/* dict root: certificates of our own links */}}
+{{- define "caravan.tlsVolume" -}}
+{{- with .root.Values.mtls.secretName }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 288 # 0440
+{{- end }}
+{{- end }}
+
+{{- define "caravan.tlsMount" -}}
+{{- if .root.Values.mtls.secretName }}
+- name: tls
+  mountPath: /etc/caravan/tls
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{/* dict root, dials: whether the process calls others */}}
+{{- define "caravan.tlsArgs" -}}
+{{- if .root.Values.mtls.secretName }}
+- --tls-cert=/etc/caravan/tls/tls.crt
+- --tls-key=/etc/caravan/tls/tls.key
+- --tls-ca=/etc/caravan/tls/ca.crt
+{{- if .dials }}
+- --tls-server-name={{ .root.Values.mtls.serverName }}
+{{- end }}
+{{- end }}
+{{- end }}
