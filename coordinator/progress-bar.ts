@@ -90,7 +90,9 @@ export class ProgressBar {
     const share = this.#total === 0 ? 0 : this.#done / this.#total;
     const cells = Math.round(share * BAR_CELLS);
     const bar = `${'█'.repeat(cells)}${'░'.repeat(BAR_CELLS - cells)}`;
-    this.#moments = this.#moments.filter(({ atMs }) => nowMs - atMs < rateWindowMs);
+    // Lines are farther apart than the drawings of a bar.
+    const windowMs = Math.max(rateWindowMs, this.#screen.isTTY === true ? 0 : 3 * LINE_EVERY_MS);
+    this.#moments = this.#moments.filter(({ atMs }) => nowMs - atMs < windowMs);
     this.#moments.push({ atMs: nowMs, came: this.#came });
     const first = this.#moments[0]!;
     const seconds = (nowMs - first.atMs) / 1000;
@@ -99,7 +101,7 @@ export class ProgressBar {
     const percent = String(Math.floor(100 * share)).padStart(3);
     return (
       `${this.#title} ${bar} ${percent} %  ${spell(this.#done)} of ` +
-      `${spell(this.#total)}, ${spell(rate)}/s${left}` +
+      `${spell(this.#total)}${seconds === 0 ? '' : `, ${spell(rate)}/s${left}`}` +
       (this.#note === '' ? '' : `  ${this.#note}`)
     );
   }

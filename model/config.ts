@@ -3,6 +3,7 @@
  */
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
+import { onOneLine, spelled } from './quoted.js';
 import { parseRope, type RopeScaling } from './rope-scaling.js';
 
 export interface LlamaConfig {
@@ -75,7 +76,7 @@ export function parseHuggingFaceConfig(text: string, fileName: string): LlamaCon
   const unsupported = (field: string, value: unknown, supported: string): never => {
     throw new CaravanError(
       'unsupported_model',
-      `${fileName}: ${field} is ${JSON.stringify(value)}; Caravan runs ${supported}`,
+      `${fileName}: ${field} is ${spelled(value)}; Caravan runs ${supported}`,
     );
   };
   // Before anything else: another family's file may lack what a Llama's has.
@@ -86,7 +87,7 @@ export function parseHuggingFaceConfig(text: string, fileName: string): LlamaCon
   const parsed = huggingFaceConfig.safeParse(json);
   if (!parsed.success) {
     const issue = parsed.error.issues[0];
-    return damaged(issue?.path.join('.') ?? '', issue?.message ?? '');
+    return damaged(onOneLine(issue?.path.join('.') ?? ''), onOneLine(issue?.message ?? ''));
   }
   const c = parsed.data;
   if (c.hidden_act !== 'silu') unsupported('hidden_act', c.hidden_act, '"silu"');

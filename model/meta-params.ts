@@ -1,6 +1,7 @@
 /** params.json of Meta's download: the sizes of the network, and how that of its feed-forward layers is found. */
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
+import { spelled } from './quoted.js';
 import { checkConfig, type LlamaConfig } from './config.js';
 
 const positive = z
@@ -65,7 +66,7 @@ export function parseMetaParams(
     if (value === undefined || value === null || value === false || value === -1) continue;
     throw new CaravanError(
       'unsupported_model',
-      `${fileName}: ${field} is ${JSON.stringify(value)}; in Meta's layout Caravan runs Llama 2 and Code Llama, ` +
+      `${fileName}: ${field} is ${spelled(value)}; in Meta's layout Caravan runs Llama 2 and Code Llama, ` +
         'and later models in Hugging Face layout',
     );
   }

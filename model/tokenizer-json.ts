@@ -4,6 +4,7 @@
 import * as library from '@huggingface/tokenizers';
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
+import { onOneLine, quoted } from './quoted.js';
 import { Detokenizer } from './detokenizer.js';
 import type { PromptPart } from './marked-text.js';
 import type { Tokenizer } from './tokenizer.js';
@@ -73,14 +74,14 @@ export class JsonTokenizer implements Tokenizer {
     if (!parsed.success) {
       const issue = parsed.error.issues[0];
       const field = issue?.path.join('.') ?? '';
-      throw damaged(`${field}: ${issue?.message ?? ''}`);
+      throw damaged(onOneLine(`${field}: ${issue?.message ?? ''}`));
     }
     const { model, decoder } = parsed.data;
     const added = parsed.data.added_tokens ?? [];
     if (model.type !== undefined && model.type !== 'BPE') {
       throw new CaravanError(
         'unsupported_model',
-        `tokenizer.json: model.type is ${model.type}; Caravan runs BPE`,
+        `tokenizer.json: model.type is ${quoted(model.type)}; Caravan runs BPE`,
       );
     }
     for (const [piece, id] of Object.entries(model.vocab)) this.#learn(piece, id);
@@ -124,7 +125,13 @@ export class JsonTokenizer implements Tokenizer {
     const text = parts.map((part) =>
       typeof part === 'number' ? privateSpelling(part) : part.toWellFormed(),
     );
-    return this.#library.encode(text.join(''), { add_special_tokens: false }).ids;
+    const { ids } = this.#library.encode(text.join(''), { add_special_tokens: false });
+    // The library leaves holes where a piece is missing and no unk_token stands for it.
+    if (ids.every((id) => Number.isSafeInteger(id))) return ids;
+    throw new CaravanError(
+      'invalid_checkpoint',
+      'tokenizer.json: the vocabulary has no piece for a part of this text, and no unk_token',
+    );
   }
 
   tokenBytes(id: number): Uint8Array {
@@ -149,7 +156,7 @@ export class JsonTokenizer implements Tokenizer {
   }
 
   #learn(piece: string, id: number): void {
-    if (id >= MAX_VOCABULARY) throw damaged(`the token ${JSON.stringify(piece)} has the id ${id}`);
+    if (id >= MAX_VOCABULARY) throw damaged(`the token ${quoted(piece)} has the id ${id}`);
     this.#pieces[id] = piece;
     this.#ids.set(piece, id);
   }
@@ -259,7 +266,7 @@ function openLibrary(
       config,
     );
   } catch (cause) {
-    throw damaged(cause instanceof Error ? cause.message : String(cause));
+    throw damaged(onOneLine(cause instanceof Error ? cause.message : String(cause)));
   }
 }
 
