@@ -108,10 +108,14 @@ const options = program.parse().opts<{
   logLevel: string;
 }>();
 
+/** A library of another place; a variable that is set to nothing names none. */
+const libraryOf = ({ CARAVAN_ORT_LIBRARY: file }: NodeJS.ProcessEnv): string | undefined =>
+  file === '' ? undefined : file;
+
 /** @throws CaravanError `bad_usage` when it is not there, saying what is missing. */
 function openDevice({ device: text, deviceMemory, ortLibrary, threads }: typeof options): Device {
   const name = parseDevice(text);
-  const ort = new Ort(threads, ortLibrary ?? process.env['CARAVAN_ORT_LIBRARY']);
+  const ort = new Ort(threads, ortLibrary ?? libraryOf(process.env));
   if (name.kind === 'cpu') return new HostDevice(ort);
   return new BoundDevice(ort, name, {
     memoryLimit: deviceMemory === undefined ? null : deviceMemory * 1e9,

@@ -1,7 +1,7 @@
 /**
  * Correctness, then figures, of ranks on GPUs. See gpu.sh for how it is called.
  *
- *   node dist/test/bench/gpu.js [--device cuda|webgpu] [--gpus N] [--only check,7b,70b] [--bandwidth TB/S] [--out FOLDER]
+ *   node dist/test/bench/gpu.js [--device cuda|webgpu] [--gpus N] [--only check,7b,70b] [--bandwidth TB/S] [--transports shm,grpc] [--out FOLDER]
  */
 import { execFile, fork, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -27,6 +27,7 @@ const { values: args } = parseArgs({
     bandwidth: { type: 'string', default: '3.35' },
     shared: { type: 'string', default: '../shared' },
     out: { type: 'string', default: '.' },
+    transports: { type: 'string', default: 'shm' },
   },
 });
 const { device, out } = args;
@@ -92,7 +93,10 @@ async function checkAll(): Promise<void> {
           const same = argmax.filter((id, i) => id === golden.ids[i]).length;
           const logits = (found['logits'] as Record<string, number[]>)[String(last)]!;
           const most = distance(logits, golden.firstLogits);
-          const isRight = same === golden.ids.length && most < tolerances[weights]!;
+          // A tie that is nearer than the tolerance may fall otherwise.
+          const isTie = golden.leastMargin < tolerances[weights]!;
+          const isSame = same >= golden.ids.length - (isTie ? 1 : 0);
+          const isRight = isSame && most < tolerances[weights]!;
           return [isRight, `${same} of ${golden.ids.length} tokens, logits within ${most}`];
         });
       }
@@ -129,10 +133,13 @@ function percentile(values: readonly number[], p: number): number {
   return sorted[Math.min(sorted.length - 1, Math.floor(p * sorted.length))]!;
 }
 
+const children: ChildProcess[] = [];
+
 const startRank = (rank: number): Promise<{ address: string; child: ChildProcess }> =>
   new Promise((resolve, reject) => {
     const entry = fileURLToPath(new URL('random-rank.js', import.meta.url));
     const child = fork(entry, ['--device', deviceOfRank(device, rank)]);
+    children.push(child);
     child.once('message', (message: { address: string }) => {
       resolve({ address: message.address, child });
     });
@@ -201,6 +208,7 @@ async function bench({ model, tp, weights, transport, batches }: Scenario): Prom
       prefills.push(ms);
     }
     const prefillTokensPerSecond = (1000 * PROMPT) / percentile(prefills.slice(1), 0.5);
+    say(`  loaded in ${loadSeconds.toFixed(1)} s`);
     say(`  prefill of ${PROMPT}: ${prefillTokensPerSecond.toFixed(0)} tokens/s`);
     for (const batch of batches) {
       const decodeSlots = Array.from({ length: batch }, (_, slot) => slot);
@@ -250,13 +258,31 @@ async function bench({ model, tp, weights, transport, batches }: Scenario): Prom
   }
 }
 
+/** Ranks that hang end with us. */
+const SCENARIO_MS = 150_000;
+
+const within = async <T>(ms: number, work: Promise<T>): Promise<T> => {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => {
+      reject(new Error(`not done within ${ms / 1000} s`));
+    }, ms);
+  });
+  try {
+    return await Promise.race([work, late]);
+  } finally {
+    clearTimeout(timer);
+    for (const child of children.splice(0)) child.kill('SIGKILL');
+  }
+};
+
 async function benchAll(name: string, scenarios: readonly Scenario[]): Promise<void> {
   const results: object[] = [];
   for (const scenario of scenarios) {
     const { model, tp, weights, transport } = scenario;
     say(`Llama 2 ${model}, ${weights}, tp ${tp}, ${transport}`);
     try {
-      results.push(await bench(scenario));
+      results.push(await within(SCENARIO_MS, bench(scenario)));
     } catch (error) {
       const message = error instanceof Error ? error.message : String(error);
       say(`  FAIL ${message}`);
@@ -266,6 +292,12 @@ async function benchAll(name: string, scenarios: readonly Scenario[]): Promise<v
   }
 }
 
+for (const signal of ['SIGTERM', 'SIGINT'] as const) {
+  process.once(signal, () => {
+    for (const child of children) child.kill('SIGKILL');
+    process.exit(1);
+  });
+}
 try {
   if (parts.includes('check')) await checkAll();
   const batches = [1, 2, 4, 8, 16, 32, 64];
@@ -281,7 +313,7 @@ try {
   if (parts.includes('70b')) {
     const modes = gpus >= 4 ? (['int4', 'fp16'] as const) : (['int4'] as const);
     const all = modes.flatMap((weights) =>
-      (gpus > 1 ? (['shm', 'grpc'] as const) : (['shm'] as const)).map((transport) => ({
+      (args.transports.split(',') as ('shm' | 'grpc')[]).map((transport) => ({
         weights,
         transport,
       })),
@@ -295,3 +327,5 @@ try {
 } finally {
   fs.rmSync(scratch, { recursive: true });
 }
+// Streams of a scenario that was given up must not keep the process.
+process.exit(0);
