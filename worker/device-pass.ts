@@ -62,8 +62,8 @@ export class DevicePass implements Pass {
       const head = this.#workspace.head(length, 1, 1);
       for (const input of [head.sampledRows, head.inverseTemperatures]) input.copy?.run();
       for (const run of [runs.attention[0]!, runs.ffn[0]!, head.run]) {
-        await this.#device.compute(run);
-        await this.#device.settle();
+        run.run();
+        run.synchronize();
         this.#device.synchronize();
         await served();
       }
@@ -82,12 +82,12 @@ export class DevicePass implements Pass {
     await this.#exchange(layout.rowCount);
     for (const copy of runs.embedIn[this.#turn ^ 1]!) copy.run();
     for (let l = 0; l < runs.attention.length; l += 1) {
-      await this.#device.compute(runs.attention[l]!);
+      runs.attention[l]!.run();
       await this.#share(runs, layout.rowCount, 1);
-      await this.#device.compute(runs.ffn[l]!);
+      runs.ffn[l]!.run();
       await this.#share(runs, layout.rowCount, 0);
     }
-    if (layout.sampledRows.length > 0) await this.#sample(layout, wish);
+    if (layout.sampledRows.length > 0) this.#sample(layout, wish);
     else this.#device.synchronize();
     return {
       waitMs: this.#waitMs,
@@ -120,7 +120,7 @@ export class DevicePass implements Pass {
     return rowLogits;
   }
 
-  async #sample({ rowCount, sampledRows }: StepLayout, wish: Wish): Promise<void> {
+  #sample({ rowCount, sampledRows }: StepLayout, wish: Wish): void {
     const head = this.#workspace.head(rowCount, sampledRows.length, wish.k);
     this.#head = head;
     this.#wish = wish;
@@ -130,19 +130,14 @@ export class DevicePass implements Pass {
       head.inverseTemperatures.array[i] = temperature > 0 ? 1 / temperature : 1;
     });
     for (const input of [head.sampledRows, head.inverseTemperatures]) input.copy?.run();
-    await this.#device.compute(head.run);
-    await this.#device.settle();
+    head.run.run();
     for (const copy of head.results) copy.run();
   }
 
   /** Our partial, which lies in one of two buffers, goes to the peers, and theirs come beside it. */
   async #share(runs: StepRuns, rowCount: number, buffer: 0 | 1): Promise<void> {
     const turn = this.#turn;
-    const [out] = runs.partialOut[turn]!.slice(buffer, buffer + 1);
-    if (out !== undefined) {
-      await this.#device.settle();
-      out.run();
-    }
+    for (const copy of runs.partialOut[turn]!.slice(buffer, buffer + 1)) copy.run();
     await this.#exchange(rowCount);
     for (const copy of runs.partialsIn[turn]![buffer]!) copy.run();
   }

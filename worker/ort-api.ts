@@ -134,20 +134,6 @@ export class OrtApi {
     return out[0] as bigint;
   }
 
-  /** Calls a function on another thread. Nothing that it uses may be used meanwhile. */
-  async callAside(name: FunctionName, ...args: unknown[]): Promise<void> {
-    const native = this.native[name] as unknown as {
-      async(...args: readonly unknown[]): void;
-    };
-    const status = await new Promise<unknown>((resolve, reject) => {
-      native.async(...args, (error: Error | null, result: unknown) => {
-        if (error === null) resolve(result);
-        else reject(error);
-      });
-    });
-    this.check(status);
-  }
-
   /** @throws CaravanError `internal` with the runtime's own words, if it has any. */
   check(status: unknown): void {
     if (status === null || status === 0n) return;

@@ -107,12 +107,6 @@ export class BoundRun {
     api.check(api.native.RunWithBinding(this.#session, runOptions, this.#binding));
   }
 
-  /** As `run`, but another thread waits where the device makes us wait: for seconds, on a software GPU. */
-  async runAside(): Promise<void> {
-    const { api, runOptions } = this.#device;
-    await api.callAside('RunWithBinding', this.#session, runOptions, this.#binding);
-  }
-
   /** Binds an input again: what lies in host memory is copied now. */
   rebind(name: string, value: { readonly pointer: bigint }): void {
     const { api } = this.#device;
@@ -134,7 +128,6 @@ export class OrtDevice {
   readonly traffic: Traffic = { toDevice: 0, toHost: 0, ms: 0 };
   readonly runOptions: bigint;
   readonly #ort: Ort;
-  readonly #waitsAside: boolean;
   readonly #options: bigint;
   readonly #memory: bigint;
   readonly #allocator: bigint;
@@ -150,7 +143,6 @@ export class OrtDevice {
     this.#ort = ort;
     this.provider = provider;
     this.#cuda = cuda;
-    this.#waitsAside = provider.device.kind === 'webgpu';
     this.#options = api.create('CloneSessionOptions', ort.options);
     appendProvider(api, this.#options, provider);
     this.runOptions = api.create('CreateRunOptions');
@@ -289,31 +281,6 @@ export class OrtDevice {
       'toHost',
       byteCount,
     );
-  }
-
-  /** Computes; a software GPU can make us wait for seconds, which another thread does then. */
-  async compute(run: BoundRun): Promise<void> {
-    if (this.#waitsAside) await run.runAside();
-    else run.run();
-  }
-
-  /** Waits on another thread, where waiting takes long, so that the next copy to the host need not. */
-  async settle(): Promise<void> {
-    if (!this.#waitsAside) return;
-    const [array, target] = [new Int32Array(1), new Int32Array(1)];
-    const tensor = this.upload(array, [1]);
-    const { session, host, device } = this.#ends(target, tensor, null);
-    const values = new Map<string, { readonly pointer: bigint }>([
-      ['source', device],
-      ['target', host],
-    ]);
-    const barrier = session.bind(values);
-    try {
-      await barrier.runAside();
-    } finally {
-      releaseAll(this, barrier, host, device)();
-      this.release(tensor);
-    }
   }
 
   /** Waits until the device has done everything. */
