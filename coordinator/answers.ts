@@ -12,14 +12,17 @@ import {
   sequenceRequest,
   sequencesPerPrompt,
 } from './job-sequences.js';
+import type { Estimate } from './admission.js';
 import type { IdempotencyKey } from './idempotency-key.js';
+import type { Intake } from './intake.js';
 import { newJobId, type Journal } from './journal.js';
 import type { JournalEntry, StreamEntry } from './journal-entry.js';
 import { JobQueue } from './queue.js';
 import { jobSizeOf } from './queue-order.js';
 import type { Asked } from './openai.js';
 import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
-import type { Ending, Request, Usage } from './request.js';
+import type { Ending, JobTerms, Request, Usage } from './request.js';
+import type { Tenant } from './tenants.js';
 import type { WebhookIntake } from './webhook-intake.js';
 
 /** What happens to an answer. */
@@ -31,6 +34,14 @@ export type AnswerEvent =
 /** Redis has it on its disk after a second, unless that is busy. */
 const UNWRITTEN_MS = 5_000;
 
+/** A job that is in the queue. */
+export interface Submitted {
+  readonly id: string;
+  readonly terms: JobTerms;
+  /** When it will start and end; null where nothing was measured, or nobody asked. */
+  readonly estimate: Estimate | null;
+}
+
 export class Answers {
   readonly #redisUrl: string;
   readonly #journal: Journal;
@@ -38,6 +49,7 @@ export class Answers {
   readonly #queues = new Map<string, JobQueue>();
   readonly #awaited: AwaitedJobs;
   readonly #webhooks: WebhookIntake | null;
+  readonly #intake: Intake | null;
   readonly #onError: (error: Error) => void;
 
   constructor(
@@ -45,13 +57,14 @@ export class Answers {
     journal: Journal,
     metrics: GatewayMetrics,
     onError: (error: Error) => void,
-    webhooks: WebhookIntake | null = null,
+    { webhooks, intake }: { readonly webhooks?: WebhookIntake; readonly intake?: Intake } = {},
   ) {
+    this.#intake = intake ?? null;
     this.#redisUrl = redisUrl;
     this.#journal = journal;
     this.#metrics = metrics;
     this.#onError = onError;
-    this.#webhooks = webhooks;
+    this.#webhooks = webhooks ?? null;
     this.#awaited = new AwaitedJobs(journal, {
       has: (id, model) => this.queueOf(model).has(id),
       submit: (id, job) => this.submit(job, id),
@@ -69,22 +82,33 @@ export class Answers {
   }
 
   /**
-   * Writes the job down and queues it; with an id that is known already, does what is missing of that.
+   * Makes room for the job, writes it down and queues it; with an id that is known already, does what is missing of
+   * that.
    *
-   * @returns its id.
-   * @throws CaravanError `redis_unavailable`.
+   * @param tenant whose quotas count; null for none.
+   * @throws CaravanError `queue_full`, `rate_limited`, `deadline_unmeetable`, `redis_unavailable`.
    */
-  async submit({ request, terms }: KnownJob, id = newJobId()): Promise<string> {
-    this.#webhooks?.check(terms.webhook);
-    await this.#webhooks?.add(id, terms.webhook);
-    const isNew = await this.#journal.create(id, request, terms);
+  async submit(asked: KnownJob, id = newJobId(), tenant: Tenant | null = null): Promise<Submitted> {
+    const { request } = asked;
+    this.#webhooks?.check(asked.terms.webhook);
+    const queue = this.queueOf(request.model);
+    const size = jobSizeOf(request);
+    const { terms, estimate, ...admitted } =
+      this.#intake === null
+        ? { terms: asked.terms, estimate: null, isNew: false }
+        : await this.#intake.admit(queue, request.model, id, asked.terms, size, tenant);
+    let isNew = false;
     try {
-      await this.queueOf(request.model).submit(id, terms, jobSizeOf(request));
+      await this.#webhooks?.add(id, terms.webhook);
+      isNew = await this.#journal.create(id, request, terms);
+      if (this.#intake === null) await queue.submit(id, terms, size);
+      else await queue.add(id, terms);
     } catch (error) {
+      if (admitted.isNew) await queue.forget(id).catch(() => undefined);
       if (isNew) await this.#journal.forget(id, sequenceCount(request)).catch(() => undefined);
       throw error;
     }
-    return id;
+    return { id, terms, estimate };
   }
 
   /**
@@ -92,11 +116,16 @@ export class Answers {
    *
    * @throws CaravanError `invalid_request` when the key stands for another request, `redis_unavailable`.
    */
-  async submitOnce(asked: Asked, { jobId, fingerprint }: IdempotencyKey): Promise<KnownJob> {
+  async submitOnce(
+    asked: Asked,
+    { jobId, fingerprint }: IdempotencyKey,
+    tenant: Tenant | null = null,
+  ): Promise<KnownJob & Pick<Submitted, 'estimate'>> {
     const terms = { ...asked.terms, fingerprint };
     let job = await this.#journal.job(jobId);
+    let estimate: Estimate | null = null;
     if (job === null) {
-      await this.submit({ ...asked, terms }, jobId);
+      ({ estimate } = await this.submit({ ...asked, terms }, jobId, tenant));
       // Of two that came at once, one was first.
       job = await this.#journal.job(jobId);
     } else if (job.ending === null && !(await this.queueOf(job.model).has(jobId))) {
@@ -110,7 +139,8 @@ export class Answers {
         { param: 'idempotency-key' },
       );
     }
-    return job ?? { request: asked.request, terms };
+    const { request, terms: kept } = job ?? { request: asked.request, terms };
+    return { request, terms: kept, estimate };
   }
 
   /**

@@ -35,6 +35,8 @@ export interface SequenceSpec {
   readonly index: number;
   /** Tokens that an earlier take generated: kept, never drawn again. */
   readonly resumeTokenIds: readonly number[];
+  /** Prompts of a lower number are computed first; 0 if left out. */
+  readonly urgency?: number;
   /** Whether the sink is told the logprobs of every token. */
   readonly reportsLogprobs?: boolean;
   /** Whether the sink is told the logprobs of the prompt's tokens. */

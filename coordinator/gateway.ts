@@ -9,6 +9,7 @@ import { Files, type FileLimits } from './files.js';
 import { createHttpServer } from './http.js';
 import { listenHttp } from './http-listen.js';
 import { BOARD_PATH } from './http-queues.js';
+import { Intake, type IntakeRules } from './intake.js';
 import { Journal } from './journal.js';
 import { GatewayMetrics } from './metrics.js';
 import { Models } from './models.js';
@@ -25,6 +26,7 @@ import { RedisWatch } from './store-watch.js';
 import { ResponseRecords } from './store-responses.js';
 import { BatchRecords } from './store-batches.js';
 import { FileRecords } from './store-files.js';
+import type { Tenants } from './tenants.js';
 import { WorkMeter } from './work.js';
 
 export interface GatewayOptions {
@@ -48,6 +50,10 @@ export interface GatewayOptions {
   readonly webhookSecret?: string | undefined;
   /** Hosts, addresses and ranges that webhooks may call beside the public internet. */
   readonly webhookAllow?: readonly string[] | undefined;
+  /** Of a request, but for uploaded files. */
+  readonly maxBodyBytes: number;
+  /** Who may put jobs into the queue, and how many. */
+  readonly intake: { readonly tenants: Tenants; readonly rules: IntakeRules };
   /** Called once. */
   readonly onReady: (served: ServedAddresses) => void;
 }
@@ -84,8 +90,9 @@ export async function runGateway(
   const webhookRecords = await WebhookRecords.open(redisUrl, 'impatient', onRedisError);
   const { webhookSecret: secret } = options;
   const policy = secret === undefined ? null : new WebhookPolicy(options.webhookAllow ?? []);
-  const intake = new WebhookIntake(webhookRecords, policy);
-  const answers = new Answers(redisUrl, journal, metrics, onRedisError, intake);
+  const webhooks = new WebhookIntake(webhookRecords, policy);
+  const intake = new Intake(store, options.intake.rules);
+  const answers = new Answers(redisUrl, journal, metrics, onRedisError, { webhooks, intake });
   const models = new Models(store);
   const fileRecords = await FileRecords.open(redisUrl, 'impatient', onRedisError);
   const batchRecords = await BatchRecords.open(redisUrl, 'impatient', onRedisError);
@@ -96,14 +103,13 @@ export async function runGateway(
   const files = new Files(storage, fileRecords, fileLimits);
   const batchNeeds = { records: batchRecords, files, models, journal, answers };
   const batches = new Batches({ ...batchNeeds, priority: BATCH_PRIORITY }, batchLimits, log);
-  const routes = { store, journal, answers, models, metrics, work, redis, stopping };
+  const { tenants, rules } = options.intake;
+  const routes = { store, journal, answers, models, metrics, work, redis, stopping, tenants };
+  const kept = { responses, files, batches, batchRecords, retentionS: rules.retentionS };
   const boardMode = options.queueBoard ?? 'read';
   const board =
     boardMode === 'off' ? undefined : new QueueBoard(redisUrl, BOARD_PATH, boardMode, onRedisError);
-  const app = createHttpServer(
-    { ...routes, responses, files, batches, batchRecords, webhooks: intake, board },
-    log,
-  );
+  const app = createHttpServer({ ...routes, ...kept, webhooks, board }, options.maxBodyBytes, log);
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
   let runningWebhooks: Promise<void> | null = null;

@@ -4,6 +4,7 @@ import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { AnswerEvent, Answers } from './answers.js';
 import { Choice } from './choice.js';
 import { whileThere } from './http-leaving.js';
+import { sendJobHeaders, tenantOf, termsOf, type TenantRoutes } from './http-tenant.js';
 import { EventStream } from './http-stream.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { idempotencyKeyOf } from './idempotency-key.js';
@@ -16,7 +17,7 @@ import { jobBody } from './openai-job.js';
 import { eventsQuery } from './openai-events.js';
 import { parseBody } from './openai-refusal.js';
 
-export interface AnswerRoutes {
+export interface AnswerRoutes extends TenantRoutes {
   readonly models: Models;
   readonly journal: Journal;
   readonly answers: Answers;
@@ -29,17 +30,21 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
     app.post(path, async (request, reply) => {
       const startMs = performance.now();
       const model = await routes.models.find(modelNameOf(request.body));
-      const asked = parse(request.body, model);
+      const parsed = parse(request.body, model);
+      const asked = { ...parsed, terms: termsOf(request, parsed.terms) };
+      const tenant = tenantOf(routes, request);
       const { authorization = '', 'idempotency-key': header } = request.headers;
       const key = idempotencyKeyOf(header, authorization, path, request.body);
       const jobId = key?.jobId ?? newJobId();
-      const job = key === null ? asked : await routes.answers.submitOnce(asked, key);
-      if (key === null) await routes.answers.submit(asked, jobId);
+      const job =
+        key === null
+          ? { ...asked, ...(await routes.answers.submit(asked, jobId, tenant)) }
+          : await routes.answers.submitOnce(asked, key, tenant);
       const createdS = Math.floor(Date.now() / 1000);
       const { tokenizer } = model;
       const known = { request: job.request, terms: job.terms };
       const head = { kind, jobId, createdS, tokenizer, request: job.request, known };
-      void reply.header('x-caravan-job', jobId);
+      const headers = sendJobHeaders(reply, jobId, job.estimate);
       // Whoever can ask again with the same key has not given up when his connection breaks.
       const isTold = job.terms.webhook !== undefined;
       if (isTold && !asked.isStream) {
@@ -50,7 +55,9 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       }
       const isOwner = key === null && !isTold;
       const answer = new Answer(routes, reply, head, startMs, { isOwner });
-      return asked.isStream ? answer.stream(reply, asked.includesUsage, null) : answer.whole();
+      return asked.isStream
+        ? answer.stream(reply, asked.includesUsage, null, headers)
+        : answer.whole();
     });
   }
 
@@ -136,10 +143,11 @@ class Answer {
     reply: FastifyReply,
     includesUsage: boolean,
     from: readonly Position[] | null,
+    headers: Readonly<Record<string, string>> = { 'x-caravan-job': this.#head.jobId },
   ): Promise<void> {
     const head = this.#head;
-    const { request, tokenizer, jobId } = head;
-    const stream = new EventStream(reply, { 'x-caravan-job': jobId });
+    const { request, tokenizer } = head;
+    const stream = new EventStream(reply, headers);
     const choices = Array.from(
       { length: sequenceCount(request) },
       (_, index) => new Choice(sequenceRequest(request, index), tokenizer),

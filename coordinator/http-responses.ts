@@ -4,6 +4,7 @@ import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { AnswerRoutes } from './http-answers.js';
 import { whileThere } from './http-leaving.js';
 import { EventStream } from './http-stream.js';
+import { sendJobHeaders, tenantOf, termsOf } from './http-tenant.js';
 import { modelNameOf } from './openai.js';
 import { callBodies } from './openai-calls.js';
 import type { AnswerHead } from './openai-answer.js';
@@ -15,6 +16,8 @@ import type { CallStyle } from './tool-calls.js';
 
 export interface ResponseRoutes extends AnswerRoutes {
   readonly responses: ResponseRecords;
+  /** How long jobs, and what was said, are kept. */
+  readonly retentionS: number;
 }
 
 type Head = Omit<AnswerHead, 'kind'>;
@@ -32,10 +35,12 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     const id = newResponseId(jobId);
     const record: ResponseRecord = { version: 1, id, jobId, createdS, messages, echoed };
     // Kept before it is queued: an answer that is there must be found.
-    if (body.store !== false) await routes.responses.keep(record);
-    await routes.answers.submit(asked, jobId);
-    void reply.header('x-caravan-job', jobId);
-    const { request: answered, terms } = asked;
+    if (body.store !== false) await routes.responses.keep(record, routes.retentionS);
+    const wished = { ...asked, terms: termsOf(request, asked.terms) };
+    const tenant = tenantOf(routes, request);
+    const { terms, estimate } = await routes.answers.submit(wished, jobId, tenant);
+    sendJobHeaders(reply, jobId, estimate);
+    const { request: answered } = asked;
     const known = { request: answered, terms };
     const head: Head = { jobId, createdS, request: answered, known, tokenizer: model.tokenizer };
     const signal = whileThere(routes, reply, { jobId, model: model.card.name });

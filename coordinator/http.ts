@@ -11,6 +11,7 @@ import { addJobRoutes } from './http-jobs.js';
 import { addQueueRoutes, type QueueRoutes } from './http-queues.js';
 import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
+import { tenantOf } from './http-tenant.js';
 import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { parseJson } from './json-text.js';
@@ -21,8 +22,6 @@ import type { Store } from './store.js';
 import type { RedisWatch } from './store-watch.js';
 import type { WorkMeter } from './work.js';
 
-const BODY_LIMIT_BYTES = 16 * 1024 * 1024;
-
 export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes, QueueRoutes {
   readonly store: Store;
   readonly metrics: GatewayMetrics;
@@ -30,10 +29,14 @@ export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes, Que
   readonly redis: RedisWatch;
 }
 
-/** The server, not listening yet. */
-export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstance {
+/** The server, not listening yet. @param maxBodyBytes of a request, but for uploaded files. */
+export function createHttpServer(
+  routes: HttpRoutes,
+  maxBodyBytes: number,
+  log: Logger,
+): FastifyInstance {
   const app = Fastify({
-    bodyLimit: BODY_LIMIT_BYTES,
+    bodyLimit: maxBodyBytes,
     // Streams end by themselves; idle connections need not be waited for.
     forceCloseConnections: 'idle',
     return503OnClosing: true,
@@ -52,7 +55,8 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
   });
 
   app.setErrorHandler((thrown, request, reply) => {
-    const error = fromFastify(thrown);
+    const error = fromFastify(thrown, maxBodyBytes);
+    if (error.retryAfterS !== null) void reply.header('retry-after', error.retryAfterS);
     const { http } = errorTable[error.code];
     if (http >= 500) log.warn({ code: error.code, url: request.url }, error.message);
     void reply.status(http).send(errorBody(error));
@@ -72,6 +76,11 @@ export function createHttpServer(routes: HttpRoutes, log: Logger): FastifyInstan
       const status = raw.headersSent ? raw.statusCode : errorTable.cancelled.http;
       routes.metrics.requests.inc({ route, status });
     });
+    done();
+  });
+  // Nothing of the API is for those who are nobody's.
+  app.addHook('onRequest', (request, _reply, done) => {
+    if (request.url.startsWith('/v1/')) tenantOf(routes, request);
     done();
   });
 
@@ -152,11 +161,11 @@ function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
 }
 
 /** Fastify's own errors carry a status; everything else is ours or a fault. */
-function fromFastify(thrown: unknown): CaravanError {
+function fromFastify(thrown: unknown, maxBodyBytes: number): CaravanError {
   if (thrown instanceof CaravanError) return thrown;
   const { statusCode, message } = thrown as { statusCode?: number; message?: string };
   if (statusCode === 413) {
-    return new CaravanError('payload_too_large', `the body is over ${BODY_LIMIT_BYTES} bytes`);
+    return new CaravanError('payload_too_large', `the body is over ${maxBodyBytes} bytes`);
   }
   if (statusCode !== undefined && statusCode < 500) {
     return new CaravanError('invalid_request', message ?? 'the request is malformed');

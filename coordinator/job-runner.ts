@@ -14,12 +14,20 @@ import { CaravanError } from '../proto/errors.js';
 import { Bell } from './bell.js';
 import type { Engine } from './engine.js';
 import type { Journal, Take } from './journal.js';
-import { chooseVictim } from './order.js';
+import { chooseVictim, type HeldJob } from './order.js';
 import type { JobTaker, TakenJob } from './queue.js';
+import type { JobSize } from './queue-order.js';
 import { resumedTokenCount, RunningJob, type RunnerLog } from './running-job.js';
 
 /** Hears how jobs left the engine: completed, failed, cancelled, expired, given back, abandoned, … */
-export type JobLeft = (outcome: string) => void;
+export type JobLeft = (outcome: string, job: RunJob) => void;
+
+/** A job as it was in this engine. */
+export interface RunJob {
+  readonly held: HeldJob;
+  /** What this engine computed of it. */
+  readonly done: JobSize;
+}
 
 /** How often the flags of running jobs are looked at, should a message have been lost. */
 const CANCEL_POLL_MS = 2_000;
@@ -171,7 +179,7 @@ export class JobRunner {
       if (this.#running.get(taken.id) === job) this.#running.delete(taken.id);
       if (this.#alone === job) this.#alone = null;
       this.#log.info({ job: taken.id, outcome }, 'job left');
-      this.#onJobLeft(outcome);
+      this.#onJobLeft(outcome, { held: job.held, done: job.computed });
       this.#keepEnded(job);
       this.#changed.ring();
     });

@@ -115,6 +115,8 @@ local function tellWebhook()
   end
 end
 local function expireAll(seconds)
+  local terms = redis.call('HGET', KEYS[1], 'terms')
+  seconds = terms and cjson.decode(terms).retentionS or seconds
   for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, seconds) end
 end`;
 

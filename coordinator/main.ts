@@ -15,6 +15,7 @@ import type { LinkSecurity } from '../proto/link-security.js';
 import type { Config } from './config.js';
 import { EngineHealth } from './engine-health.js';
 import { RankEngine, type StepFigures } from './engine.js';
+import { EnginePace } from './engine-pace.js';
 import { EngineSpeed } from './engine-speed.js';
 import { Heartbeat } from './heartbeat.js';
 import { serveEngineFace } from './http-engine.js';
@@ -40,6 +41,8 @@ export interface CoordinatorOptions {
   readonly servedModelName: string | undefined;
   readonly maxSeqLen: number | undefined;
   readonly maxBatchSize: number;
+  /** A job that has waited this long gets its turn whatever else there is. */
+  readonly agedAfterMs: number;
   readonly isExact: boolean;
   /** What all ranks compute on. */
   readonly device: string;
@@ -101,7 +104,7 @@ export async function runCoordinator(
   const journal = await Journal.open(options.redisUrl, 'patient', onRedisError);
   let heartbeat: Heartbeat | null = null;
   const rank = { model: card.name, ordinal: options.ordinal };
-  const taker = new JobTaker(options.redisUrl, card.name, onRedisError, undefined, () =>
+  const taker = new JobTaker(options.redisUrl, card.name, onRedisError, options, () =>
     takeDelayMs(rank, heartbeat?.engines ?? []),
   );
   const health = new EngineHealth(
@@ -123,6 +126,7 @@ export async function runCoordinator(
   let face: { close: () => Promise<void> } | null = null;
   const engineId = `${os.hostname()}-${randomUUID().slice(0, 8)}`;
   const speed = new EngineSpeed();
+  const pace = new EnginePace(card.maxBatchSize);
   const cost =
     options.pod == null
       ? null
@@ -178,18 +182,21 @@ export async function runCoordinator(
           draftTokens: draftTokensOf(options.speculation),
           onStep: (figures) => {
             speed.add(figures.rows, figures.sequences, figures.totalMs);
+            pace.addStep(figures.rows, figures.totalMs);
             metrics.step(figures.rows, figures.totalMs);
             metrics.drafts(figures.draftTokens, figures.acceptedTokens);
             options.onStep?.(figures);
           },
         });
         health.serve(() => engine.load);
-        const runner = new JobRunner(engine, journal, taker, engineId, log, (outcome) => {
+        const runner = new JobRunner(engine, journal, taker, engineId, log, (outcome, job) => {
           metrics.jobLeft(outcome);
+          if (outcome === 'completed') pace.addJob(job, Date.now());
         });
         const beat = (): EngineBeat => ({
           ...{ model: card.name, engineId, active: engine.sequenceCount, slots: card.maxBatchSize },
           ...{ tp: options.ranks.length, speeds: speed.speeds, isDraining: draining.aborted },
+          ...pace.beat,
           ...(options.ordinal === undefined ? {} : { ordinal: options.ordinal }),
         });
         heartbeat = new Heartbeat(store, beat);

@@ -12,6 +12,7 @@ import type { CallsSpec, GrammarCache } from './grammar.js';
 import { asObject, parseBody, refuse } from './openai-refusal.js';
 import { promptField, promptsOf } from './openai-prompts.js';
 import { grammarOf, shapeFields } from './openai-shape.js';
+import { termFields, termsOfBody } from './openai-terms.js';
 import {
   foldTools,
   offeredTools,
@@ -49,7 +50,6 @@ export interface Asked {
 
 const MAX_STOPS = 16;
 const MAX_STOP_CHARACTERS = 1000;
-const DEFAULT_PRIORITY = 100;
 
 /** A field that may be left out or null, as OpenAI's clients send it. */
 const maybe = <T extends z.ZodType>(schema: T) => schema.nullish();
@@ -81,8 +81,7 @@ const common = {
   ignore_eos: maybe(z.boolean()),
   n: maybe(z.number().int().min(1).max(MAX_SEQUENCES)),
   user: maybe(z.string()),
-  priority: maybe(z.number().int().min(1).max(1000)),
-  deadline_s: maybe(z.number().gt(0).max(31_536_000)),
+  ...termFields,
   webhook: maybe(webhookField),
 };
 
@@ -283,8 +282,7 @@ function finish(
       ...(grammar === undefined ? {} : { grammar }),
     },
     terms: {
-      priority: body.priority ?? DEFAULT_PRIORITY,
-      deadlineMs: body.deadline_s == null ? null : Date.now() + 1000 * body.deadline_s,
+      ...termsOfBody(body),
       ...(body.webhook == null ? {} : { webhook: body.webhook }),
     },
     isStream: body.stream ?? false,

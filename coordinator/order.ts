@@ -127,6 +127,13 @@ function first<T>(jobs: readonly T[], compare: (a: T, b: T) => number): T | null
   return best;
 }
 
+/** Among the jobs that an engine runs, prompts of a lower number are computed first: promised ones, then by class. */
+export const urgencyOf = ({ latestStartMs, deadlineMs, priority }: QueuedJob): number =>
+  latestStartMs !== null && deadlineMs !== null ? deadlineMs : UNPROMISED_URGENCY + priority;
+
+/** Behind every time. */
+const UNPROMISED_URGENCY = 1e14;
+
 /** A job makes room this often at most, so that every one of them ends. */
 export const MAX_PREEMPTIONS = 3;
 /** A job that was just taken has cost a prefill: it is left to give something for it. */

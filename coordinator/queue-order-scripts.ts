@@ -281,6 +281,23 @@ add(tenants, job.tenant .. '/jobs', -1)
 return 1`);
 
 /**
+ * What stands in the queue, for an estimate: at most ARGV[1] promised jobs, and as many running ones.
+ * @returns {records of promised jobs by deadline, records of running jobs, loads, waiting jobs, version of the promises}.
+ */
+export const standScript = script(`
+local promisedJobs = {}
+for _, id in ipairs(call('ZRANGE', promises, 0, tonumber(ARGV[1]) - 1)) do
+  local text = call('HGET', running, id) or call('HGET', waiting, id)
+  if text then table.insert(promisedJobs, text) end
+end
+local runningJobs = {}
+for i, text in ipairs(call('HVALS', running)) do
+  if i <= tonumber(ARGV[1]) then table.insert(runningJobs, text) end
+end
+return {promisedJobs, runningJobs, call('HGETALL', loads), number(call('HGET', state, 'jobs')),
+  number(call('HGET', state, 'version'))}`);
+
+/**
  * ARGV prefix of BullMQ's keys, now. Takes in what BullMQ has put where it would be fetched unchosen: jobs whose
  * engine died, jobs without a priority, delayed ones that are due.
  * @returns ids that we do not know.

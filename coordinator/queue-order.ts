@@ -1,6 +1,7 @@
 /** The order of one model's queue, as Redis keeps it beside BullMQ's own structures: see queue-order-scripts. */
 import type { Redis } from 'ioredis';
 import { CaravanError } from '../proto/errors.js';
+import type { Stand } from './admission.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey } from './journal-keys.js';
 import { laneOf, type Choice, type HeldJob, type OrderView, type QueuedJob } from './order.js';
@@ -16,6 +17,7 @@ import {
   PROMOTED_MS,
   putBackScript,
   reserveScript,
+  standScript,
   type Script,
 } from './queue-order-scripts.js';
 import type { JobTerms, Request } from './request.js';
@@ -25,6 +27,8 @@ export const DEFAULT_TENANT = 'default';
 const FOREIGN_TERMS: JobTerms = { priority: 100, deadlineMs: null };
 /** What is in one of the two alone may be on its way into the other. */
 const ON_ITS_WAY_MS = 10_000;
+/** Promised jobs, and running ones, that an estimate reckons with. */
+const MAX_STANDING = 5_000;
 /** Records that are asked for in one round trip. */
 const PIPELINE_JOBS = 500;
 
@@ -56,6 +60,15 @@ export interface QueueLimits {
   readonly tenantJobs: number | null;
   readonly tenantTokens: number | null;
   readonly tenantRequestsPerMinute: number | null;
+}
+
+/** What stands in a queue, for all classes. */
+export interface StandOfQueue extends Pick<Stand, 'promised' | 'running'> {
+  /** Waiting tokens by priority. */
+  readonly loads: ReadonlyMap<number, number>;
+  readonly waitingJobs: number;
+  /** Grows with every promise that is made or is no more. */
+  readonly version: number;
 }
 
 export type Reserved =
@@ -127,6 +140,30 @@ export class QueueOrder {
   /** BullMQ has the job: engines can choose it. */
   async enter(id: string): Promise<void> {
     await this.#run(enterScript, [id]);
+  }
+
+  async stand(): Promise<StandOfQueue> {
+    const [promised, running, loads, waitingJobs, version] = (await this.#run(standScript, [
+      MAX_STANDING,
+    ])) as [string[], string[], string[], number, number];
+    const parsed = (texts: readonly string[]) =>
+      texts.map((text) => JSON.parse(text) as QueuedJob & { sinceMs?: number });
+    const byPriority = new Map<number, number>();
+    for (let i = 0; i < loads.length; i += 2) {
+      byPriority.set(Number(loads[i]), Number(loads[i + 1]));
+    }
+    return {
+      promised: parsed(promised).map(({ tokens, outputTokens, deadlineMs, sinceMs }) => ({
+        ...{ tokens, outputTokens, deadlineMs: deadlineMs ?? Infinity },
+        sinceMs: sinceMs ?? null,
+      })),
+      running: parsed(running).map(({ tokens, outputTokens, sinceMs }) => ({
+        ...{ tokens, outputTokens, sinceMs: sinceMs ?? 0 },
+      })),
+      loads: byPriority,
+      waitingJobs,
+      version,
+    };
   }
 
   async look(nowMs: number): Promise<Look> {

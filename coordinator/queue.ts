@@ -14,9 +14,17 @@ import { Bell } from './bell.js';
 import { graceAfter } from './grace.js';
 import { chooseJob, type Choice, type HeldJob, type OrderRules } from './order.js';
 import { connectionOf, queueName } from './queue-connection.js';
-import { QueueOrder, wakeChannelOf, type JobSize } from './queue-order.js';
+import {
+  QueueOrder,
+  wakeChannelOf,
+  type JobSize,
+  type QueueLimits,
+  type Reserved,
+  type StandOfQueue,
+} from './queue-order.js';
 import type { JobTerms } from './request.js';
 import { asCall, unavailable } from './store-connection.js';
+import type { TakenJob } from './taken-job.js';
 
 /** A job whose engine is gone moves again after this and at most two checks. */
 const LOCK_MS = 6_000;
@@ -37,6 +45,7 @@ const ERROR_DELAY_MS = 500;
 const KEPT_ENDED = { age: 24 * 3600, count: 10_000 };
 
 export { queueName } from './queue-connection.js';
+export type { TakenJob } from './taken-job.js';
 
 export interface QueueCounts {
   readonly waiting: number;
@@ -66,12 +75,37 @@ export class JobQueue {
 
   /** Adds a job that the journal knows. @throws CaravanError `redis_unavailable`. */
   async submit(id: string, terms: JobTerms, size = UNKNOWN_SIZE): Promise<void> {
-    await this.#call(() => this.#order.reserve(id, terms, size, Date.now()));
+    await this.reserve(id, terms, size);
+    await this.add(id, terms);
+  }
+
+  /** Makes room for a job, within limits, before anything else of it is written. @throws CaravanError `redis_unavailable`. */
+  async reserve(
+    id: string,
+    terms: JobTerms,
+    size: JobSize,
+    check?: { readonly limits: QueueLimits; readonly version?: number },
+  ): Promise<Reserved> {
+    return this.#call(() => this.#order.reserve(id, terms, size, Date.now(), check));
+  }
+
+  /** Adds a job for which there is room. @throws CaravanError `redis_unavailable`. */
+  async add(id: string, { priority, retentionS }: JobTerms): Promise<void> {
+    const kept = { ...KEPT_ENDED, ...(retentionS === undefined ? {} : { age: retentionS }) };
+    const removal = { removeOnComplete: kept, removeOnFail: kept };
     // Jobs without a priority would outrank all others: every job has one.
-    await this.#call(() =>
-      this.#queue.add('generate', {}, { jobId: id, priority: terms.priority }),
-    );
+    await this.#call(() => this.#queue.add('generate', {}, { jobId: id, priority, ...removal }));
     await this.#call(() => this.#order.enter(id));
+  }
+
+  /** Gives up the room of a job that was not added. */
+  async forget(id: string): Promise<void> {
+    await this.#call(() => this.#order.forget(id));
+  }
+
+  /** What stands in it, for an estimate. */
+  async stand(): Promise<StandOfQueue> {
+    return this.#call(() => this.#order.stand());
   }
 
   async counts(): Promise<QueueCounts> {
@@ -137,25 +171,6 @@ export class JobQueue {
       }
     });
   }
-}
-
-/** A job that this engine works on. */
-export interface TakenJob {
-  readonly id: string;
-  /** What the order knew of it when it was taken. */
-  readonly held: HeldJob;
-  /**
-   * BullMQ may forget it: the journal has its ending. Can be repeated.
-   *
-   * @param unusedTokens of those that the job was reckoned with; its tenant is not charged for them.
-   */
-  finish(isFailed: boolean, unusedTokens?: number): Promise<void>;
-  /** Back to the queue, for any engine. @param left what it still needs; as much as before if left out. */
-  giveBack(left?: JobSize, isPreempted?: boolean): Promise<void>;
-  /** Back to the queue, not to be taken before so many milliseconds have passed. */
-  giveBackLater(delayMs: number): Promise<void>;
-  /** Another engine has it, or soon will: its lock is not renewed any more. */
-  drop(): void;
 }
 
 /** The side that works on jobs. Locks are renewed for as long as a job is held. */

@@ -93,6 +93,8 @@ export interface JobTerms {
   readonly tenant?: string;
   /** Share of the tenant, relative to those of others; 1 if left out. */
   readonly weight?: number;
+  /** How long the job is kept once it has ended, in seconds; a day if left out. */
+  readonly retentionS?: number;
   /** Unix time in milliseconds at which it must start, where its deadline was promised. */
   readonly latestStartMs?: number;
   /** Who is told of the job's end; left out where nobody is. */

@@ -71,7 +71,7 @@ export class JobsServer {
     const route = isChat ? 'grpc chat' : 'grpc completion';
     const key = idempotencyKeyOf(request.idempotencyKey, '', route, body);
     let id = key?.jobId;
-    if (key === null) id = await answers.submit(asked);
+    if (key === null) ({ id } = await answers.submit(asked));
     else await answers.submitOnce(asked, key);
     return jobMessage(await this.#find(id!));
   }

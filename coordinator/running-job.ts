@@ -16,6 +16,7 @@ import {
 import type { Journal, Take } from './journal.js';
 import { ALONE_FROM } from './journal-scripts.js';
 import { JournalWriter } from './journal-writer.js';
+import { urgencyOf } from './order.js';
 import type { TakenJob } from './queue.js';
 import type { JobSize } from './queue-order.js';
 import type { Ending, FinishReason } from './request.js';
@@ -110,6 +111,14 @@ export class RunningJob {
     return this.#taken.held;
   }
 
+  /** What this engine computed of it so far. */
+  get computed(): JobSize {
+    const { request } = this.#take;
+    const prompts = promptTokenCount(request) * sequencesPerPrompt(request);
+    const outputTokens = Math.ceil(this.#newTokens / this.#reasons.length);
+    return { tokens: prompts + this.#resumedTokens + this.#newTokens, outputTokens };
+  }
+
   /** Whether it is worth its slot to somebody else: not when it is as good as done. */
   get mayLeave(): boolean {
     if (this.#isDecided || this.isAlone) return false;
@@ -169,6 +178,7 @@ export class RunningJob {
         {
           ...{ id, request: own, index, resumeTokenIds: tokenIds },
           ...(terms.tenant === undefined ? {} : { tenant: terms.tenant }),
+          urgency: urgencyOf(this.#taken.held),
           reportsLogprobs: needsLogprobs(request),
           reportsPrompt:
             needsPromptLogprobs(request) && promptCount < own.promptTokenIds.length - 1,

@@ -1,8 +1,9 @@
 /**
  * Picks the rows of the next step: pure, synchronous, without clock or I/O.
  *
- * Every decoding sequence gets its one row, and rows for the tokens that it guesses. What is left of the token budget goes to prompts, in the order in
- * which their sequences came. A chunk has at least two tokens, and leaves none or at least two behind, since
+ * Every decoding sequence gets its one row, and rows for the tokens that it guesses. What is left of the token budget
+ * goes to prompts: the most urgent first, and those of equal urgency in the order in which their sequences came. A
+ * chunk has at least two tokens, and leaves none or at least two behind, since
  * attention over a single row takes another kernel: so the chunking cannot be seen in the result.
  */
 
@@ -12,6 +13,8 @@ export interface Schedulable {
   readonly prefillLeft: number;
   /** Guessed tokens that are computed with its next row. */
   readonly draft: readonly number[];
+  /** Prompts of a lower number go first; 0 if left out. */
+  readonly urgency?: number;
 }
 
 export interface StepLimits {
@@ -45,8 +48,9 @@ export function planStep<T extends Schedulable>(
   const decodeRows = decoding.reduce((sum, { draft }) => sum + 1 + draft.length, 0);
   const chunks: { sequence: T; count: number }[] = [];
   let left = Math.max(tokenBudget - decodeRows, MIN_PREFILL_TOKENS);
-  for (const sequence of sequences) {
-    if (sequence.prefillLeft === 0) continue;
+  const prompts = sequences.filter((sequence) => sequence.prefillLeft > 0);
+  prompts.sort((a, b) => (a.urgency ?? 0) - (b.urgency ?? 0));
+  for (const sequence of prompts) {
     const count = chunkOf(sequence.prefillLeft, Math.min(left, maxChunkTokens), maxChunkTokens);
     if (count === 0) continue;
     chunks.push({ sequence, count });

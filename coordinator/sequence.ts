@@ -145,6 +145,10 @@ export class Sequence implements Schedulable {
     return Math.max(0, this.#prefillEnd - this.#fed);
   }
 
+  get urgency(): number {
+    return this.spec.urgency ?? 0;
+  }
+
   /** Number of the token that is generated next, from 0. */
   get position(): number {
     return this.#tokens.length - this.#promptLength;

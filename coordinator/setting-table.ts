@@ -296,6 +296,55 @@ export const settingTable = {
     rule: 'a whole number from 1 to 1000',
     schema: whole(1, 1000),
   }),
+  tenant: optional({
+    argument: '<name>',
+    description: 'whose job it is (default: default)',
+    rule: '1 to 64 letters, digits and . _ -',
+    schema: z.string().regex(/^[\w.-]{1,64}$/),
+  }),
+  tenants: optional({
+    argument: '<file>',
+    description:
+      'JSON file of tenants: their keys, weights and quotas (default: everybody is equal)',
+    rule: 'a file',
+    schema: text,
+  }),
+  admission: defaulted('estimate', {
+    argument: '<mode>',
+    description: 'estimate refuses deadlines that the measured speed cannot meet; off takes all',
+    rule: 'one of estimate, off',
+    schema: z.enum(['estimate', 'off']),
+  }),
+  maxQueuedJobs: defaulted(100_000, {
+    argument: '<n>',
+    description: 'most jobs of a model that wait',
+    rule: 'a whole number from 1 to 10000000',
+    schema: whole(1, 10_000_000),
+  }),
+  maxQueuedTokens: defaulted(10_000_000_000, {
+    argument: '<n>',
+    description: 'most prompt and output tokens of a model that wait',
+    rule: 'a whole number from 1 to 9007199254740991',
+    schema: whole(1, Number.MAX_SAFE_INTEGER),
+  }),
+  maxBodyBytes: defaulted(16_777_216, {
+    argument: '<n>',
+    description: 'most bytes of a request, but for uploaded files',
+    rule: 'a whole number from 1024 to 1073741824',
+    schema: whole(1024, 2 ** 30),
+  }),
+  retention: defaulted(86_400, {
+    argument: '<seconds>',
+    description: 'how long jobs and their answers are kept once they have ended',
+    rule: 'a whole number of seconds from 60 to 31536000',
+    schema: whole(60, 31_536_000),
+  }),
+  aging: defaulted(600, {
+    argument: '<seconds>',
+    description: 'after this long a waiting job gets its turn whatever else there is',
+    rule: 'a whole number of seconds from 1 to 31536000',
+    schema: whole(1, 31_536_000),
+  }),
   deadline: optional({
     argument: '<seconds>',
     description: 'seconds from now after which the job expires',

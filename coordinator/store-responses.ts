@@ -33,9 +33,6 @@ export interface ResponseRecord {
   readonly echoed: Readonly<Record<string, unknown>>;
 }
 
-/** No longer than the journals of jobs that have ended. */
-const RETENTION_S = 24 * 3600;
-
 const keyOf = (id: string): string => `caravan:{${id}}:response`;
 
 export class ResponseRecords {
@@ -56,9 +53,10 @@ export class ResponseRecords {
     return new ResponseRecords(url, await connectRedis(url, patience, onError));
   }
 
-  async keep(record: ResponseRecord): Promise<void> {
+  /** @param retentionS how long: as the journals of jobs that have ended. */
+  async keep(record: ResponseRecord, retentionS: number): Promise<void> {
     const text = JSON.stringify(record);
-    await asCall(this.#url, () => this.#redis.set(keyOf(record.id), text, 'EX', RETENTION_S));
+    await asCall(this.#url, () => this.#redis.set(keyOf(record.id), text, 'EX', retentionS));
   }
 
   async find(id: string): Promise<ResponseRecord | null> {

@@ -5,13 +5,16 @@
  *   caravan:cards                     hash: name → card
  *   caravan:engine:{MODEL}:ENGINE     a key that an engine renews; gone soon after the engine is
  *   caravan:speeds:{MODEL}            hash: sequences of a step → tokens a second, as told last; stays as cards do
+ *   caravan:paces                     hash: name → what a step of the engine costs that beat last
  */
 import type { Redis } from 'ioredis';
 import type { Speed } from './engine-speed.js';
+import type { Pace } from './pace.js';
 import type { ModelCard } from './request.js';
 import { asCall, connectRedis, type Patience } from './store-connection.js';
 
 const CARDS = 'caravan:cards';
+const PACES = 'caravan:paces';
 /** An engine that has not beaten for this long is gone. */
 const HEARTBEAT_TTL_MS = 6_000;
 export const HEARTBEAT_EVERY_MS = 2_000;
@@ -29,6 +32,10 @@ export interface EngineBeat {
   readonly ordinal?: number;
   /** It takes no more jobs. */
   readonly isDraining?: boolean;
+  /** What its steps cost; left out before its first step. */
+  readonly pace?: Pace;
+  /** How much longer promised jobs ran than was reckoned; 1 if left out. */
+  readonly slowness?: number;
 }
 
 export interface RedisHealth {
@@ -80,7 +87,10 @@ export class Store {
   async beat(beat: EngineBeat): Promise<void> {
     const key = engineKey(beat.model, beat.engineId);
     await this.#call(() => this.#redis.set(key, JSON.stringify(beat), 'PX', HEARTBEAT_TTL_MS));
-    const speeds = beat.speeds ?? [];
+    const { pace, speeds = [] } = beat;
+    if (pace !== undefined) {
+      await this.#call(() => this.#redis.hset(PACES, beat.model, JSON.stringify(pace)));
+    }
     if (speeds.length === 0) return;
     const fields = speeds.flatMap((speed) => [String(speed.sequences), speed.tokensPerSecond]);
     await this.#call(() => this.#redis.hset(speedsKey(beat.model), fields));
@@ -93,6 +103,12 @@ export class Store {
       sequences: Number(sequences),
       tokensPerSecond: Number(rate),
     }));
+  }
+
+  /** What steps of the model's engine cost that beat last; null when none was ever measured. */
+  async lastPace(model: string): Promise<Pace | null> {
+    const text = await this.#call(() => this.#redis.hget(PACES, model));
+    return text === null ? null : (JSON.parse(text) as Pace);
   }
 
   /** An engine that ends says so. */

@@ -30,6 +30,8 @@ export const errorTable = {
   in_use: rule(409, 9, false, 'something that has not ended needs what is to be removed'),
   storage_unavailable: rule(503, 14, true, 'the storage of files cannot be reached'),
   queue_full: rule(429, 8, true, 'the queue is at its limit'),
+  rate_limited: rule(429, 8, true, 'the tenant is at one of its limits'),
+  deadline_unmeetable: rule(409, 9, false, 'the measured speed cannot meet the deadline'),
   illegal_tp: rule(400, 3, false, 'the model cannot be cut into that many ranks'),
   invalid_checkpoint: rule(
     400,
@@ -64,12 +66,19 @@ export class CaravanError extends Error {
   readonly code: ErrorCode;
   /** The request's field at fault, as OpenAI's `param`. */
   readonly param: string | null;
+  /** Seconds after which a retry is likely to help; null where nobody knows. */
+  readonly retryAfterS: number | null;
 
-  constructor(code: ErrorCode, message: string, options?: { param?: string; cause?: unknown }) {
+  constructor(
+    code: ErrorCode,
+    message: string,
+    options?: { param?: string; cause?: unknown; retryAfterS?: number },
+  ) {
     super(message, options?.cause === undefined ? undefined : { cause: options.cause });
     this.name = 'CaravanError';
     this.code = code;
     this.param = options?.param ?? null;
+    this.retryAfterS = options?.retryAfterS ?? null;
   }
 
   get isRetryable(): boolean {

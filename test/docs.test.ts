@@ -64,6 +64,7 @@ void test('every route that is served is described, and no other', async () => {
   // Its routes are looked at, not asked.
   const app = createHttpServer(
     { metrics: new GatewayMetrics() } as HttpRoutes,
+    1024,
     pino({ level: 'silent' }),
   );
   const { paths } = (await app.inject('/openapi.json')).json<{

@@ -8,15 +8,25 @@ import path from 'node:path';
 import { pino } from 'pino';
 import { FileFolder } from '../coordinator/file-folder.js';
 import type { FileStorage } from '../coordinator/file-storage.js';
-import { runGateway, type ServedAddresses } from '../coordinator/gateway.js';
+import { runGateway, type GatewayOptions, type ServedAddresses } from '../coordinator/gateway.js';
+import type { IntakeRules } from '../coordinator/intake.js';
 import { Journal, type Take } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { ModelCard } from '../coordinator/request.js';
 import { Store } from '../coordinator/store.js';
+import { Tenants } from '../coordinator/tenants.js';
 import { embeddedModelPath } from '../model/checkpoint.js';
 import { readFolderTokenizer } from '../model/tokenizer-files.js';
 import { openTokenizer, type Tokenizer } from '../model/tokenizer.js';
 import { startRedis, type RedisServer } from './redis-server.js';
+
+/** Lets in whatever comes. */
+export const openRules: IntakeRules = {
+  admission: 'estimate',
+  maxQueuedJobs: 1_000_000,
+  maxQueuedTokens: 1e12,
+  retentionS: 86_400,
+};
 
 export interface TestGateway {
   readonly url: string;
@@ -42,8 +52,11 @@ export interface TestGateway {
   stop(): Promise<void>;
 }
 
-/** @param storage of files; a folder of its own unless told otherwise. */
-export async function startGateway(storage?: FileStorage): Promise<TestGateway> {
+/** @param storage of files; a folder of its own unless told otherwise. @param more options of the gateway. */
+export async function startGateway(
+  storage?: FileStorage,
+  more: Partial<GatewayOptions> = {},
+): Promise<TestGateway> {
   const redis = await startRedis();
   const store = await Store.open(redis.url, 'patient');
   const journal = await Journal.open(redis.url, 'patient');
@@ -84,6 +97,9 @@ export async function startGateway(storage?: FileStorage): Promise<TestGateway> 
       storage: storage ?? new FileFolder(folder),
       fileLimits: { fileBytes: 1_000_000, storedBytes: 10_000_000 },
       batchLimits: { lines: 1000, open: 10, linesInFlight: 16 },
+      intake: { tenants: Tenants.open(), rules: openRules },
+      maxBodyBytes: 16 * 1024 * 1024,
+      ...more,
     };
     const log = pino({ level: 'silent' }, pino.destination(fs.openSync('/dev/null', 'w')));
     ended = runGateway(options, draining.signal, stopping.signal, log);

@@ -109,6 +109,8 @@ void test('pure rooms do no I/O', () => {
   const pure = [
     'coordinator/scheduler',
     'coordinator/order',
+    'coordinator/admission',
+    'coordinator/pace',
     'coordinator/slots',
     'coordinator/prompt-lookup',
     'coordinator/speculation',

@@ -6,6 +6,7 @@ import { runGateway } from '../gateway.js';
 import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
 import { defaultStateFolder } from '../state-folder.js';
 import { fileSettingNames, fileSettings } from '../file-settings.js';
+import { intakeSettingNames, intakeSettings } from '../intake-settings.js';
 import { declareSettings } from './options.js';
 
 export function register(program: Command): void {
@@ -28,6 +29,8 @@ export function register(program: Command): void {
       'queueBoard',
       'webhookSecret',
       'webhookAllow',
+      ...intakeSettingNames,
+      'maxBodyBytes',
       'logLevel',
     ],
     { required: ['redis'] },
@@ -37,7 +40,9 @@ export function register(program: Command): void {
     const { redis, host, port, scalerPort, grpcPort, logLevel } = s;
     const { queueBoard, webhookSecret, webhookAllow } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
+    const intake = intakeSettings(s);
     const limits = await fileSettings(s, folder);
+    const { maxBodyBytes } = s;
     const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
     const log = openLog('gateway', logLevel);
     await runGateway(
@@ -52,6 +57,8 @@ export function register(program: Command): void {
         webhookSecret,
         webhookAllow,
         ...limits,
+        intake,
+        maxBodyBytes,
         onReady: reportReady,
       },
       draining,

@@ -2,12 +2,16 @@
 import { randomInt } from 'node:crypto';
 import type { Command } from 'commander';
 import { z } from 'zod';
+import type { Estimate } from '../admission.js';
 import { Answers } from '../answers.js';
-import { Journal } from '../journal.js';
+import { Intake } from '../intake.js';
+import { intakeSettingNames, intakeSettings } from '../intake-settings.js';
+import { newJobId, Journal } from '../journal.js';
 import { GatewayMetrics } from '../metrics.js';
 import { Models } from '../models.js';
 import { parseChat, parseCompletion } from '../openai.js';
 import { readMessages } from '../prompt.js';
+import { DEFAULT_TENANT } from '../queue-order.js';
 import { Store } from '../store.js';
 import { EMBEDDED_MODEL } from '../package-root.js';
 import { WebhookRecords } from '../store-webhooks.js';
@@ -39,6 +43,8 @@ export function register(program: Command): void {
       'ignoreEos',
       'priority',
       'deadline',
+      'tenant',
+      ...intakeSettingNames,
       'json',
     ],
     { required: ['redis'] },
@@ -50,9 +56,14 @@ export function register(program: Command): void {
     const journal = await Journal.open(s.redis, 'impatient');
     const records = await WebhookRecords.open(s.redis, 'impatient');
     // What may be called is the gateway's to say.
-    const intake = new WebhookIntake(records, { check: () => undefined });
+    const webhooks = new WebhookIntake(records, { check: () => undefined });
     const ignore = (): void => undefined;
-    const answers = new Answers(s.redis, journal, new GatewayMetrics(), ignore, intake);
+    const { tenants, rules } = intakeSettings(s);
+    const intake = new Intake(store, rules);
+    const answers = new Answers(s.redis, journal, new GatewayMetrics(), ignore, {
+      webhooks,
+      intake,
+    });
     try {
       const models = new Models(store);
       // The default names the embedded model; where it is not served, the only card there is.
@@ -68,15 +79,21 @@ export function register(program: Command): void {
         stop: s.stop,
         ignore_eos: s.ignoreEos,
         priority: s.priority,
-        deadline_s: s.deadline,
+        deadline: s.deadline,
         ...(webhook === undefined ? {} : { webhook: { url: webhook } }),
       };
       const asked =
         s.chat === undefined
           ? parseCompletion({ ...body, prompt: s.prompt ?? '' }, model)
           : parseChat({ ...body, messages: readMessages(s.chat) }, model);
-      const id = await answers.submit(asked);
-      process.stdout.write(s.json ? `${JSON.stringify({ id })}\n` : `${id}\n`);
+      const tenant = tenants.trusted(s.tenant ?? DEFAULT_TENANT);
+      const { id, estimate } = await answers.submit(asked, newJobId(), tenant);
+      const times = estimate === null ? null : timesOf(estimate);
+      if (s.json) process.stdout.write(`${JSON.stringify({ id, estimate: times })}\n`);
+      else process.stdout.write(`${id}\n`);
+      if (!s.json && times !== null) {
+        process.stderr.write(`starts about ${times.start}, ends about ${times.end}\n`);
+      }
     } finally {
       await answers.close();
       records.close();
@@ -85,3 +102,8 @@ export function register(program: Command): void {
     }
   });
 }
+
+const timesOf = ({ startMs, endMs }: Estimate) => ({
+  start: new Date(startMs).toISOString(),
+  end: new Date(endMs).toISOString(),
+});

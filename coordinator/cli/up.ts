@@ -13,6 +13,7 @@ import { openChecked } from '../local-group.js';
 import { rankExecArgv, threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
 import { fileSettingNames } from '../file-settings.js';
+import { intakeSettingNames } from '../intake-settings.js';
 import { openLog } from '../process.js';
 import { defaultStateFolder, freePort, holdStateFolder } from '../state-folder.js';
 import { Store } from '../store.js';
@@ -40,6 +41,9 @@ const settingNames = [
   ...fileSettingNames,
   'webhookSecret',
   'webhookAllow',
+  ...intakeSettingNames,
+  'maxBodyBytes',
+  'aging',
   'logLevel',
 ] as const;
 
@@ -145,7 +149,7 @@ class Caravan {
         '--device',
         s.device,
       ],
-      ...['--weight-cache-max', String(s.weightCacheMax)],
+      ...['--weight-cache-max', String(s.weightCacheMax), '--aging', String(s.aging)],
       ...(s.exact ? ['--exact'] : []),
       ...optional('maxSeqLen', s.maxSeqLen),
       ...optional('servedModelName', s.servedModelName),
@@ -166,6 +170,9 @@ class Caravan {
     }
     gatewayArgs.push(...optional('webhookSecret', s.webhookSecret));
     if (s.webhookAllow.length > 0) gatewayArgs.push('--webhook-allow', s.webhookAllow.join(','));
+    for (const name of [...intakeSettingNames, 'maxBodyBytes'] as const) {
+      if (s[name] !== undefined) gatewayArgs.push(flagOf(name), String(s[name]));
+    }
     this.#gateway = this.#supervise(nodeChild('gateway', cliEntry, gatewayArgs));
     const serving = this.#coordinator.start().finally(() => {
       bars.end();

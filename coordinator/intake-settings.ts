@@ -1,0 +1,26 @@
+/** What the settings of a gateway say of the jobs that it lets in. */
+import type { Config, SettingName } from './config.js';
+import type { IntakeRules } from './intake.js';
+import { Tenants } from './tenants.js';
+
+export const intakeSettingNames = [
+  'tenants',
+  'admission',
+  'maxQueuedJobs',
+  'maxQueuedTokens',
+  'retention',
+] as const satisfies readonly SettingName[];
+
+type IntakeConfig = Pick<Config, (typeof intakeSettingNames)[number]>;
+
+/** @throws CaravanError `bad_usage` for a file of tenants that is wrong. */
+export function intakeSettings(config: IntakeConfig): {
+  readonly tenants: Tenants;
+  readonly rules: IntakeRules;
+} {
+  const { tenants, admission, maxQueuedJobs, maxQueuedTokens, retention } = config;
+  return {
+    tenants: tenants === undefined ? Tenants.open() : Tenants.read(tenants),
+    rules: { admission, maxQueuedJobs, maxQueuedTokens, retentionS: retention },
+  };
+}
