@@ -4,7 +4,7 @@
  */
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
-import { setInterval } from 'node:timers/promises';
+import { setTimeout as delay } from 'node:timers/promises';
 import { credentials, type ServiceError } from '@grpc/grpc-js';
 import { newJobId } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
@@ -26,6 +26,14 @@ const GRACE_MS = 60_000;
 const TARGET_SECONDS = 0.5;
 const isLong = process.env['CARAVAN_LONG'] === '1';
 const terms = { priority: 100, deadlineMs: null };
+
+/** The time in seconds, every so often: what a controller looks at. */
+async function* clock(everyMs: number): AsyncGenerator<number> {
+  for (;;) {
+    yield performance.now() / 1000;
+    await delay(everyMs);
+  }
+}
 
 /** The Pods of one StatefulSet. */
 class Pods {
@@ -142,16 +150,16 @@ void test(
       assert.equal(pods.count, 0);
       const startMs = performance.now();
       let servedMs: number | null = null;
-      let left = JOBS;
+      const last = (wave + 1) * JOBS;
       const loads = pods.loadS.length;
-      for await (const _ of setInterval(500)) {
-        for (let i = 0; i < 2 && left > 0; i += 1, left -= 1) await submit();
-        await control(performance.now() / 1000);
+      for await (const nowS of clock(500)) {
+        for (let i = 0; i < 2 && ids.length < last; i += 1) await submit();
+        await control(nowS);
         const first = ids[wave * JOBS]!;
         if (servedMs === null && (await journal.entries(first, 0, 0)).length > 0) {
           servedMs = performance.now();
         }
-        if (left === 0 && pods.count === 0 && (await hasEnded())) break;
+        if (ids.length === last && pods.count === 0 && (await hasEnded())) break;
       }
       await pods.ended();
       roundTrips += 1;
