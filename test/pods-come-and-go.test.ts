@@ -147,7 +147,7 @@ void test(
     };
     let roundTrips = 0;
     for (let wave = 0; wave < WAVES; wave += 1) {
-      assert.equal(pods.count, 0);
+      assert.ok(pods.count < 1, 'the last wave has gone');
       const startMs = performance.now();
       let servedMs: number | null = null;
       const last = (wave + 1) * JOBS;
