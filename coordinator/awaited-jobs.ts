@@ -16,6 +16,10 @@ export interface KnownJob {
 /** How often Redis is asked, should it be gone again or full. */
 const ATTEMPTS = 20;
 const PAUSE_MS = 500;
+/** How often jobs that nobody has taken are looked for in the queue. */
+const SWEEP_EVERY_MS = 5_000;
+/** Between being written down and being queued nothing is lost yet. */
+const ON_ITS_WAY_MS = 3_000;
 
 /** How jobs are submitted. */
 export interface SubmitCalls {
@@ -34,6 +38,7 @@ export class AwaitedJobs {
   readonly #calls: SubmitCalls;
   readonly #jobs = new Map<string, Awaited>();
   readonly #unlisten: () => void;
+  readonly #sweep: NodeJS.Timeout;
 
   constructor(journal: Journal, calls: SubmitCalls) {
     this.#journal = journal;
@@ -41,6 +46,11 @@ export class AwaitedJobs {
     this.#unlisten = journal.onReconnect(() => {
       for (const id of this.#jobs.keys()) void this.#renew(id);
     });
+    // Whoever saw Redis come back may be dead itself: clients that came here since are looked after too.
+    this.#sweep = setInterval(() => {
+      for (const id of this.#jobs.keys()) void this.#renewLost(id);
+    }, SWEEP_EVERY_MS);
+    this.#sweep.unref();
   }
 
   /** From now on the job is looked after. @returns how to stop. */
@@ -56,7 +66,19 @@ export class AwaitedJobs {
 
   close(): void {
     this.#unlisten();
+    clearInterval(this.#sweep);
     this.#jobs.clear();
+  }
+
+  async #renewLost(id: string): Promise<void> {
+    try {
+      const record = await this.#journal.job(id);
+      if (record?.status !== 'waiting') return;
+      if (Date.now() - record.createdMs < ON_ITS_WAY_MS) return;
+      if (!(await this.#calls.has(id, record.model))) await this.#renew(id);
+    } catch {
+      // Redis is away: the next sweep looks again.
+    }
   }
 
   async #renew(id: string): Promise<void> {

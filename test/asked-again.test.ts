@@ -105,6 +105,18 @@ void test('a job that Redis has in its journal but not in its queue is queued ag
   assert.match(await response.text(), /\[DONE\]/);
 });
 
+void test('a job that the queue lost before its client came is queued again', async () => {
+  const first = await ask('lost before', { stream: true });
+  const id = first.headers.get('x-caravan-job')!;
+  await first.body!.cancel();
+  await raw.del(...(await raw.keys('bull:*')), ...(await raw.keys('caravan:order:*')));
+  assert.deepEqual(await gateway.jobIds(), []);
+  const events = await fetch(`${gateway.url}/v1/jobs/${id}/events`);
+  assert.equal(await gateway.nextJob(new Set()), id);
+  await write(await gateway.take(id), 0);
+  assert.match(await events.text(), /\[DONE\]/);
+});
+
 void test('a job can be looked at and cancelled by its name', async () => {
   const response = await ask('cancelled', { stream: true });
   const id = response.headers.get('x-caravan-job')!;
