@@ -133,9 +133,11 @@ export class JobQueue {
     return jobs.flatMap((job: Job | undefined) => (job?.id === undefined ? [] : [job.id]));
   }
 
-  /** Whether BullMQ knows the job, in whatever state. */
+  /** Whether BullMQ has the job in a list; one that is in none would never run, nor be added anew: it goes. */
   async has(id: string): Promise<boolean> {
-    return (await this.#call(() => this.#queue.getJob(id))) !== undefined;
+    if ((await this.#call(() => this.#queue.getJobState(id))) !== 'unknown') return true;
+    await this.#call(async () => (await this.#queue.getJob(id))?.remove());
+    return false;
   }
 
   /** Takes a waiting job out. @returns false when it is not there or is being worked on. */
