@@ -23,7 +23,6 @@ export class HostPass implements Pass {
   readonly #allReduce: AllReduce;
   #turn: Turn = 0;
   #waitMs = 0;
-  readonly #scratch: Tensor[] = [];
   #wish: Wish = { k: 1, temperatures: [] };
 
   constructor(shard: Shard, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
@@ -57,14 +56,14 @@ export class HostPass implements Pass {
     // The residual stream: attention-in writes one buffer, ffn the other.
     const [afterAttention, afterFfn] = rows.h;
     let h: Tensor = workspace.zeros(rowCount);
+    const received = this.#received(rows.partials);
+    const attentionInputs = [h, ...received, rows.positions, workspace.cos, workspace.sin];
     const attentionOutputs = [afterAttention, rows.q, rows.k, rows.v];
+    const ffnInputs = [h, ...received];
     const variant = this.#shard.variantFor(rowCount);
     for (let l = 0; l < layers.length; l += 1) {
       const layer = layers[l]![variant]!;
-      layer.attentionIn.run(
-        this.#inputs(h, rows.partials, rows.positions, workspace.cos, workspace.sin),
-        attentionOutputs,
-      );
+      layer.attentionIn.run(this.#inputs(attentionInputs, h, rows.partials), attentionOutputs);
       for (let g = 0; g < groups.length; g += 1) {
         const { q, k, v, lastPositions, totalLength, attended }: GroupTensors = groupTensors[g]!;
         const { keys, values } = kvViews[g]![l]!;
@@ -77,7 +76,7 @@ export class HostPass implements Pass {
       const attended = this.#exchange(rowCount);
       if (attended !== null) await attended;
 
-      layer.ffn.run(this.#inputs(afterAttention, rows.partials), [
+      layer.ffn.run(this.#inputs(ffnInputs, afterAttention, rows.partials), [
         afterFfn,
         rows.partials[this.#turn]![plan.rank]!,
       ]);
@@ -113,14 +112,12 @@ export class HostPass implements Pass {
     return { waitMs: this.#waitMs, copyMs: 0, bytesToDevice: 0, bytesToHost: 0 };
   }
 
-  /** h, the partials of the last exchange, and what else: in an array that the next call overwrites. */
-  #inputs(h: Tensor, partials: RowTensors['partials'], ...others: Tensor[]): readonly Tensor[] {
+  /** Writes h and the partials of the last exchange into an array that is used again. */
+  #inputs(into: Tensor[], h: Tensor, partials: RowTensors['partials']): readonly Tensor[] {
     const received = this.#received(partials);
-    const inputs = this.#scratch;
-    inputs[0] = h;
-    for (let rank = 0; rank < received.length; rank += 1) inputs[1 + rank] = received[rank]!;
-    for (let i = 0; i < others.length; i += 1) inputs[1 + received.length + i] = others[i]!;
-    return inputs;
+    into[0] = h;
+    for (let rank = 0; rank < received.length; rank += 1) into[1 + rank] = received[rank]!;
+    return into;
   }
 
   /** Partials of the last exchange, in rank order. */

@@ -61,6 +61,8 @@ const llamaCpp = await LlamaCpp.start({
   ...{ contextSize: 1024, sequences: 16 },
 });
 const args = ['--model', values.model, '--tp', '2', '--weights', values.weights];
+// Random weights repeat themselves, and guessing would be paid for nothing that users have.
+args.push('--speculation', 'off', '--weight-cache', 'off');
 try {
   await withCaravan(
     [...args, '--max-seq-len', '1024', '--port', '0', '--log-level', 'error'],
