@@ -184,7 +184,7 @@ async function countsWhenIdle(queue: JobQueue) {
 const completed = (completionTokens: number): Ending => ({
   status: 'completed',
   finishReason: 'length',
-  usage: { promptTokens: 3, completionTokens },
+  usage: { promptTokens: 3, completionTokens, cachedTokens: 0 },
 });
 
 void test('a job goes through the queue to one ending', async (context) => {

@@ -10,6 +10,7 @@ import {
   type TensorProto,
   type ValueInfoProto,
 } from '../proto/gen/onnx.js';
+import type { ByteLevels } from './byte-levels.js';
 import type { Linear } from './linear.js';
 import { elementTypeOf, type ElementType, type TensorArray } from './ort.js';
 
@@ -49,6 +50,11 @@ export class GraphBuilder {
   readonly #weights: GraphWeight[] = [];
   /** Activations that are quantized already. */
   readonly #quantized = new Set<string>();
+  readonly #byteLevels: ByteLevels;
+
+  constructor(byteLevels: ByteLevels = 127) {
+    this.#byteLevels = byteLevels;
+  }
 
   input(name: string, type: ElementType, shape: readonly Dimension[]): string {
     this.#inputs.push(valueInfo(name, type, shape));
@@ -163,8 +169,8 @@ export class GraphBuilder {
   }
 
   /**
-   * x in 8 bits around 128, each row by its own scale, so that a row never sees its neighbours:
-   * x ≈ (quantized − 128) · rowScales. Done once for all matrices that x is multiplied with.
+   * x in 8 bits (7 where `byteLevels` is 63) around a zero point, each row by its own scale, so that a row never sees its
+   * neighbours: x ≈ (quantized − zero) · rowScales. Done once for all matrices that x is multiplied with.
    */
   #quantizeRows(x: string) {
     const names = {
@@ -175,9 +181,9 @@ export class GraphBuilder {
     };
     if (this.#quantized.has(x)) return names;
     if (this.#quantized.size === 0) {
-      this.constant('quantized.zero', Uint8Array.of(128), []);
+      this.constant('quantized.zero', Uint8Array.of(this.#byteLevels + 1), []);
       this.constant('quantized.one', Float32Array.of(1), []);
-      this.constant('quantized.step', Float32Array.of(1 / 127), []);
+      this.constant('quantized.step', Float32Array.of(1 / this.#byteLevels), []);
       // A row of zeros has no scale of its own.
       this.constant('quantized.least', Float32Array.of(1e-30), []);
       this.integers('quantized.widthAxes', [0, 2]);
@@ -199,12 +205,12 @@ export class GraphBuilder {
   }
 
   /**
-   * What is left of x once `#quantizeRows` has rounded it, in 8 bits of a 254th of the row's scale, below what was
-   * rounded: (1, 2 × rows, inputs). Together they are x in 16 bits, for twice the multiplications.
+   * What is left of x once `#quantizeRows` has rounded it, in 8 bits of a 254th (7 bits of a 126th) of the row's
+   * scale, below what was rounded: (1, 2 × rows, inputs). Together they are x in 16 bits, for twice the multiplications.
    */
   #quantizeRest(x: string): string {
     const part = (name: string): string => `${x}.${name}`;
-    this.constant('quantized.restStep', Float32Array.of(1 / 254), []);
+    this.constant('quantized.restStep', Float32Array.of(0.5 / this.#byteLevels), []);
     const rounded = [part('quantized'), part('scales'), part('zeros')];
     this.node('DequantizeLinear', rounded, [part('rounded')], [int('axis', 1)]);
     this.node('Sub', [x, part('rounded')], [part('rest')]);

@@ -71,7 +71,7 @@ export class Shard {
     segmentBytes = SEGMENT_BYTES,
   ): Promise<Shard> {
     const sessions: Session[] = [];
-    const shape: GraphShape = { config, plan };
+    const shape: GraphShape = { config, plan, byteLevels: loader.byteLevels };
     const open: Open = (graph, ...matrices) => {
       const session = loader.open(graph, matrices);
       sessions.push(session);

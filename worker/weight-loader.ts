@@ -7,6 +7,7 @@ import type { TensorSlice } from '../model/plan.js';
 import { SliceReader } from '../model/slice-reader.js';
 import type { WeightForm } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
+import { byteLevelsOf, type ByteLevels } from './byte-levels.js';
 import { GraphBuilder, type Graph } from './graph-builder.js';
 import { linearWriter, type ArraySource, type Linear } from './linear.js';
 import { elementType, type Ort, type Session } from './ort.js';
@@ -30,6 +31,7 @@ export type WeightSource =
   | { readonly kind: 'cache'; readonly file: WeightFileReader };
 
 export class WeightLoader {
+  readonly byteLevels: ByteLevels;
   readonly #reader: SliceReader;
   readonly #source: WeightSource;
   readonly #headSize: number;
@@ -56,6 +58,7 @@ export class WeightLoader {
     this.#onProgress = onProgress;
     this.#signal = signal;
     this.#packing = new PackingProbe(ort);
+    this.byteLevels = byteLevelsOf(ort);
   }
 
   /** Of the checkpoint. */
