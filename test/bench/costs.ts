@@ -113,10 +113,9 @@ async function measure(pool: RankPool, tp: number): Promise<Costs> {
     // One sequence that grows.
     await driver.step([], [chunkOf(0, 2)], [0]);
     let position = 2;
-    for (const goal of [2, 64, 256, 512, 1024, 2048, 3072, lastPosition].filter(
-      (at) => at <= lastPosition,
-    )) {
-      const end = Math.min(goal, lastPosition - STEPS - 1);
+    const goals = [2, 64, 256, 512, 1024, 2048, 3072].filter((at) => at < lastPosition - STEPS);
+    for (const goal of [...goals, lastPosition - STEPS]) {
+      const end = goal;
       while (position < end) {
         const count = Math.min(CHUNK, end - position);
         await driver.step([], [chunkOf(0, count)]);
