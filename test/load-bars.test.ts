@@ -14,7 +14,7 @@ import { largeConfig } from './large-config.js';
 import { writeRandomCheckpoint } from './random-checkpoint.js';
 
 /** A sequence that moves the cursor or empties a line, or a character. */
-const CONTROL = new RegExp('\u001b\\[\\d*[AK]|[^]', 'g');
+const CONTROL = new RegExp(`${String.fromCharCode(27)}\\[\\d*[AK]|[^]`, 'g');
 
 /** A terminal, as far as bars use one. */
 class Terminal {

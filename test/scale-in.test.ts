@@ -106,9 +106,7 @@ void test(
     };
     const errors: string[] = [];
     const cost = new PodDeletionCost(podIdentity(env), health, (error) => errors.push(error));
-    after(() => {
-      cost.close();
-    });
+    after(() => cost.close());
     const first = await api.next();
     assert.deepEqual(
       [first.method, first.url, first.cost, first.headers['content-type']],

@@ -91,7 +91,7 @@ function registerRetry(jobs: Command): void {
         ...(weight === undefined ? {} : { weight }),
       };
       const terms = { priority, deadlineMs: null, ...owner };
-      const retry = await answers.submit({ request: job.request, terms });
+      const { id: retry } = await answers.submit({ request: job.request, terms });
       await journal.unmarkDead(id);
       process.stdout.write(json ? `${JSON.stringify({ id: retry })}\n` : `${retry}\n`);
     } finally {
