@@ -69,14 +69,17 @@ export interface WeightForms {
 
 /** From the fastest; the runtime takes no smaller one that would be worth it. */
 const BLOCKS = [128, 64, 32] as const;
-/** Up to this block a row's result does not depend on how many rows there are. */
-const EXACT_BLOCK = 32;
+/**
+ * With this block a row's result does not depend on how many rows there are. With 32 it does on x86 that has AVX2 alone: a
+ * lone row takes another kernel.
+ */
+const EXACT_BLOCK = 16;
 /** How much larger than the mean the largest rank may be because it was cut on a grid. */
 const MAX_IMBALANCE = 1.05;
 /** From this many rows on, int8 is faster than int4. */
 const FEW_ROWS = 3;
 
-/** @param isExact int4 then takes blocks of 32 only. */
+/** @param isExact int4 then takes blocks of 16. */
 export function weightForms(
   config: LlamaConfig,
   tp: number,
@@ -85,7 +88,7 @@ export function weightForms(
   device: DeviceKind = 'cpu',
 ): WeightForms {
   if (device !== 'cpu') return gpuForms(config, tp, mode, device);
-  const blocks = BLOCKS.filter((block) => !isExact || block <= EXACT_BLOCK);
+  const blocks = isExact ? [EXACT_BLOCK] : BLOCKS;
   const int8 = { kind: 'int8' } as const;
   const int4 = (block: number | undefined): WeightForm =>
     block === undefined ? int8 : { kind: 'int4', block };
