@@ -26,7 +26,7 @@ export interface GgufFile {
 /** Real ones have 20 MB at most: they hold the vocabulary. */
 const MAX_HEADER_BYTES = 128 << 20;
 /** Texts, lists and entries of one file. The largest vocabularies and their merges have under a million. */
-const MAX_VALUES = 1 << 22;
+const MAX_VALUES = 1 << 20;
 const MAX_KEY_BYTES = 65535;
 const MAX_DIMENSIONS = 4;
 const MAX_LIST_DEPTH = 4;

@@ -46,6 +46,7 @@ void test("CUDA's provider is told its GPU, its limit and the stream of all sess
     arena_extend_strategy: 'kSameAsRequested',
     use_tf32: '0',
     gpu_mem_limit: '5000000000',
+    has_user_compute_stream: '1',
     user_compute_stream: '140000000000000',
   });
   assert.deepEqual(limited.memory, { name: 'Cuda', id: 3 });

@@ -169,8 +169,11 @@ void test('a rank answers on its health port, and refuses a port that is taken',
   assert.equal(live.status, 200);
   assert.deepEqual(await live.json(), { status: 'ok', reason: 'idle' });
   const second = start(healthPort);
-  const [chunk] = (await once(second.stderr!, 'data')) as [Buffer];
-  assert.match(chunk.toString(), /^caravan: --health-port \d+: .*EADDRINUSE/);
-  const [code] = (await once(second, 'exit')) as [number];
+  const exited = once(second, 'exit');
+  // A parent of ours hears it as a message, before anything is on stderr.
+  const [failure] = (await once(second, 'message')) as [{ type: string; message: string }];
+  assert.equal(failure.type, 'failed');
+  assert.match(failure.message, /^--health-port \d+: .*EADDRINUSE/);
+  const [code] = (await exited) as [number];
   assert.equal(code, 2);
 });

@@ -119,7 +119,7 @@ const refusedHeaders: readonly [name: string, bytes: Uint8Array, says: RegExp][]
     withValue(
       listOf(valueTypes.list, 3, ...[1, 2, 3].map(() => listOf(8, 2e6, Buffer.alloc(16e6)).bytes)),
     ),
-    /a\.key: 2000000 values; at most 4194304/,
+    /a\.key: 2000000 values; at most 1048576/,
   ],
   ['an alignment of 0', withEntries(['general.alignment', value.uint32(0)]), /0 is not a power/],
   ['an alignment of 48', withEntries(['general.alignment', value.uint32(48)]), /48 is not a power/],
