@@ -69,6 +69,8 @@ export interface SequenceHandle {
 export interface Engine {
   /** Slots that no sequence holds. */
   readonly freeSlotCount: number;
+  /** It has lost its ranks, or was stopped: nothing can be added any more. */
+  readonly hasEnded: boolean;
   /**
    * Starts a sequence.
    * @throws CaravanError `internal` when no slot is free, `rank_failed` when the engine has ended, `invalid_request`
@@ -149,6 +151,10 @@ export class RankEngine implements Engine {
 
   get freeSlotCount(): number {
     return this.#ended === null ? this.#slots.freeCount : 0;
+  }
+
+  get hasEnded(): boolean {
+    return this.#ended !== null;
   }
 
   get sequenceCount(): number {

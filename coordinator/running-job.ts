@@ -162,6 +162,11 @@ export class RunningJob {
 
   /** Starts as many of the sequences that wait as there are slots. */
   startMore(): void {
+    // A job that was taken while the engine ended: no sequence of it will ever tell.
+    if (this.#engine.hasEnded && this.#waiting.length > 0) {
+      this.giveBack('stop');
+      return;
+    }
     if (this.#isHeldBack) return;
     while (!this.#isDecided && this.#waiting.length > 0 && this.#engine.freeSlotCount > 0) {
       this.#startSequence(this.#waiting.shift()!);

@@ -42,6 +42,8 @@ class StandInEngine extends EventEmitter implements Engine {
     this.#slotCount = slotCount;
   }
 
+  readonly hasEnded = false;
+
   get freeSlotCount(): number {
     return this.#slotCount - this.sequences.size;
   }

@@ -112,6 +112,7 @@ void test('an engine whose take Redis lost does not write behind the tokens of a
 /** Holds what it is given; emits `added` with the job's id. */
 class HoldingEngine extends EventEmitter implements Engine {
   readonly freeSlotCount = 4;
+  readonly hasEnded = false;
   readonly sinks = new Map<string, SequenceSink>();
 
   add({ id }: SequenceSpec, sink: SequenceSink) {

@@ -55,6 +55,7 @@ async function queuedJob(model: string): Promise<string> {
 
 /** Holds what it is given; emits `added` with the job's id. */
 class HoldingEngine extends EventEmitter implements Engine {
+  readonly hasEnded = false;
   readonly freeSlotCount = 4;
   readonly sinks = new Map<string, SequenceSink>();
 

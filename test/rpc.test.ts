@@ -7,12 +7,13 @@ import { startGateway } from './gateway.js';
 import { startEngine } from './real-engine.js';
 
 const gateway = await startGateway();
-after(() => gateway.stop());
 const engine = await startEngine(gateway.redis.url, { tp: 1, maxBatchSize: 2 });
-after(() => engine.stop());
 const client = new JobsClient(`127.0.0.1:${gateway.grpcPort}`, credentials.createInsecure());
-after(() => {
+// The engine first: with a job in it, it waits for a Redis that is gone.
+after(async () => {
   client.close();
+  await engine.stop();
+  await gateway.stop();
 });
 
 const answered = <A>(call: (reply: (error: ServiceError | null, answer: A) => void) => unknown) =>
