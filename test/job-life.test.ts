@@ -33,16 +33,14 @@ interface StandInSequence {
 /** An engine that generates when the test says so. Emits `added` and `cancelled` with the job's id. */
 class StandInEngine extends EventEmitter implements Engine {
   readonly sequences = new Map<string, StandInSequence>();
+  readonly hasEnded = false;
   readonly #slotCount: number;
   /** The most sequences that it ever held. */
   peakCount = 0;
-
   constructor(slotCount: number) {
     super();
     this.#slotCount = slotCount;
   }
-
-  readonly hasEnded = false;
 
   get freeSlotCount(): number {
     return this.#slotCount - this.sequences.size;
