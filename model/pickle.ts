@@ -8,7 +8,7 @@ import { quoted } from './quoted.js';
 
 const MAX_STACK = 1_000_000;
 const MAX_MARKS = 1_000;
-const MAX_MEMO = 2_000_000;
+const MAX_MEMO = 200_000;
 const MAX_TEXT_BYTES = 4_096;
 
 export type PickleKey = string | number;
