@@ -1,8 +1,8 @@
 /** A row with one channel that is far larger than the others keeps the others, in 8-bit weights. */
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { byteLevelsOf } from '../worker/byte-levels.js';
 import { GraphBuilder, type Activations } from '../worker/graph-builder.js';
+import { KernelProbe } from '../worker/kernel-probe.js';
 import { linearWriter } from '../worker/linear.js';
 import { elementType, Ort } from '../worker/ort.js';
 import { Random } from './random.js';
@@ -11,7 +11,7 @@ const [outputs, inputs] = [48, 256];
 const random = new Random(3);
 const weights = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.5);
 const ort = new Ort(1);
-const byteLevels = byteLevelsOf(ort);
+const kernels = new KernelProbe(ort);
 
 /** (rows, outputs) of rows · weightsᵀ. */
 function multiply(rows: readonly (readonly number[])[], activations: Activations): number[] {
@@ -19,7 +19,7 @@ function multiply(rows: readonly (readonly number[])[], activations: Activations
     take: (n) => new ArrayBuffer(n),
   });
   writer.write(weights, 0, outputs);
-  const graph = new GraphBuilder(byteLevels);
+  const graph = new GraphBuilder(kernels);
   graph.input('x', elementType.float32, [1, 'rows', inputs]);
   graph.linear('x', writer.linear, 'y', activations);
   graph.output('y', elementType.float32, [1, 'rows', outputs]);
@@ -55,7 +55,7 @@ void test('activations of 16 bits keep what 8 bits lose beside an outlier', (t) 
   t.diagnostic(`error of the other channels' share: ${coarse.toFixed(3)}, fine ${fine.toFixed(3)}`);
   assert.ok(coarse > 0.5, 'the outlier is one that 8 bits cannot bear');
   // Two products of 8 bits keep 16; two of 7, where products of 8 would overflow, keep 14.
-  assert.ok(fine < (byteLevels === 127 ? 0.2 : 0.4), String(fine));
+  assert.ok(fine < (kernels.byteLevels === 127 ? 0.2 : 0.4), String(fine));
 });
 
 void test('activations of 16 bits give a row the same bits beside any others', () => {

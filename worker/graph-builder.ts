@@ -10,7 +10,6 @@ import {
   type TensorProto,
   type ValueInfoProto,
 } from '../proto/gen/onnx.js';
-import type { ByteLevels } from './byte-levels.js';
 import type { Linear } from './linear.js';
 import { elementTypeOf, type ElementType, type TensorArray } from './ort.js';
 
@@ -41,6 +40,14 @@ export type Dimension = number | string;
  */
 export type Activations = 'coarse' | 'fine';
 
+/** Activations in bytes are whole numbers from -levels to levels, around a zero point of levels + 1. */
+export type ByteLevels = 127 | 63;
+
+/** What graphs must know of the machine that runs them. It may have to be found out: only graphs that need it ask. */
+export interface Kernels {
+  readonly byteLevels: ByteLevels;
+}
+
 /** Collects nodes, weights, inputs and outputs of one graph. */
 export class GraphBuilder {
   readonly #nodes: NodeProto[] = [];
@@ -50,10 +57,11 @@ export class GraphBuilder {
   readonly #weights: GraphWeight[] = [];
   /** Activations that are quantized already. */
   readonly #quantized = new Set<string>();
-  readonly #byteLevels: ByteLevels;
+  readonly #kernels: Kernels;
 
-  constructor(byteLevels: ByteLevels = 127) {
-    this.#byteLevels = byteLevels;
+  /** @param kernels of graphs with weights of 8 bits; others may leave it out. */
+  constructor(kernels: Kernels = { byteLevels: 127 }) {
+    this.#kernels = kernels;
   }
 
   input(name: string, type: ElementType, shape: readonly Dimension[]): string {
@@ -181,9 +189,9 @@ export class GraphBuilder {
     };
     if (this.#quantized.has(x)) return names;
     if (this.#quantized.size === 0) {
-      this.constant('quantized.zero', Uint8Array.of(this.#byteLevels + 1), []);
+      this.constant('quantized.zero', Uint8Array.of(this.#kernels.byteLevels + 1), []);
       this.constant('quantized.one', Float32Array.of(1), []);
-      this.constant('quantized.step', Float32Array.of(1 / this.#byteLevels), []);
+      this.constant('quantized.step', Float32Array.of(1 / this.#kernels.byteLevels), []);
       // A row of zeros has no scale of its own.
       this.constant('quantized.least', Float32Array.of(1e-30), []);
       this.integers('quantized.widthAxes', [0, 2]);
@@ -210,7 +218,7 @@ export class GraphBuilder {
    */
   #quantizeRest(x: string): string {
     const part = (name: string): string => `${x}.${name}`;
-    this.constant('quantized.restStep', Float32Array.of(0.5 / this.#byteLevels), []);
+    this.constant('quantized.restStep', Float32Array.of(0.5 / this.#kernels.byteLevels), []);
     const rounded = [part('quantized'), part('scales'), part('zeros')];
     this.node('DequantizeLinear', rounded, [part('rounded')], [int('axis', 1)]);
     this.node('Sub', [x, part('rounded')], [part('rest')]);

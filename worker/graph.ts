@@ -11,8 +11,7 @@
  */
 import type { LlamaConfig } from '../model/config.js';
 import type { Range, RankPlan } from '../model/plan.js';
-import type { ByteLevels } from './byte-levels.js';
-import { GraphBuilder, float, int, MICROSOFT, type Graph } from './graph-builder.js';
+import { GraphBuilder, float, int, MICROSOFT, type Graph, type Kernels } from './graph-builder.js';
 import type { Linear } from './linear.js';
 import { elementType } from './ort.js';
 
@@ -20,8 +19,7 @@ import { elementType } from './ort.js';
 export interface GraphShape {
   readonly config: LlamaConfig;
   readonly plan: RankPlan;
-  /** Of activations beside weights of 8 bits. */
-  readonly byteLevels: ByteLevels;
+  readonly kernels: Kernels;
 }
 
 const { float32, int32, int64 } = elementType;
@@ -57,7 +55,7 @@ export function attentionInGraph(
 ): Graph {
   const { config, plan } = shape;
   const { headSize } = config;
-  const graph = new GraphBuilder(shape.byteLevels);
+  const graph = new GraphBuilder(shape.kernels);
   const partials = residualInputs(graph, shape);
   graph.input('positions', int64, [1, 'rows']);
   graph.input('cos', float32, ['capacity', headSize / 2]);
@@ -120,8 +118,8 @@ export function attentionGraph({ config, plan }: GraphShape): Graph {
 }
 
 /** Input attended (1, rows, query heads × head size); output this rank's partial. */
-export function attentionOutGraph({ config, byteLevels }: GraphShape, o: Linear): Graph {
-  const graph = new GraphBuilder(byteLevels);
+export function attentionOutGraph({ config, kernels }: GraphShape, o: Linear): Graph {
+  const graph = new GraphBuilder(kernels);
   graph.input('attended', float32, [1, 'rows', o.inputs]);
   graph.linear('attended', o, 'partial');
   graph.output('partial', float32, [1, 'rows', config.hiddenSize]);
@@ -140,7 +138,7 @@ export function ffnGraph(
 ): Graph {
   const { config } = shape;
   const width = weights.down.inputs;
-  const graph = new GraphBuilder(shape.byteLevels);
+  const graph = new GraphBuilder(shape.kernels);
   const delta = graph.sumPartials(residualInputs(graph, shape));
   graph.addAndNorm('h', delta, weights.norm, config.normEps, 'x', isMore ? '' : 'newH');
   graph.linear('x', weights.gateUp, 'gateUp', 'fine');
@@ -173,7 +171,7 @@ export function headGraph(
   part: Range = { start: 0, count: shape.plan.vocab.count },
 ): Graph {
   const { config, plan } = shape;
-  const graph = new GraphBuilder(shape.byteLevels);
+  const graph = new GraphBuilder(shape.kernels);
   const inputs = ['h', ...residualInputs(graph, shape)];
   graph.input('sampledRows', int64, ['sampled']);
   const [h, ...partials] = inputs.map((name) => {

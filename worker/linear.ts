@@ -29,6 +29,18 @@ export type Linear =
       readonly zeros: Uint8Array;
     };
 
+/** All that the runtime is given of a matrix. */
+export function arraysOf(matrix: Linear): (Float32Array | Int8Array | Uint8Array)[] {
+  switch (matrix.kind) {
+    case 'fp32':
+      return [matrix.values];
+    case 'int8':
+      return [matrix.values, matrix.scales];
+    case 'int4':
+      return [matrix.values, matrix.scales, matrix.zeros];
+  }
+}
+
 /** Where the arrays of a matrix come from: they are used again for the next layer's. */
 export interface ArraySource {
   take(byteCount: number): ArrayBuffer;

@@ -71,7 +71,7 @@ export class Shard {
     segmentBytes = SEGMENT_BYTES,
   ): Promise<Shard> {
     const sessions: Session[] = [];
-    const shape: GraphShape = { config, plan, byteLevels: loader.byteLevels };
+    const shape: GraphShape = { config, plan, kernels: loader.kernels };
     const open: Open = (graph, ...matrices) => {
       const session = loader.open(graph, matrices);
       sessions.push(session);

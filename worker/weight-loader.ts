@@ -7,10 +7,10 @@ import type { TensorSlice } from '../model/plan.js';
 import { SliceReader } from '../model/slice-reader.js';
 import type { WeightForm } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
-import { byteLevelsOf, type ByteLevels } from './byte-levels.js';
-import { GraphBuilder, type Graph } from './graph-builder.js';
-import { linearWriter, type ArraySource, type Linear } from './linear.js';
-import { elementType, type Ort, type Session } from './ort.js';
+import type { Graph } from './graph-builder.js';
+import { KernelProbe } from './kernel-probe.js';
+import { arraysOf, linearWriter, type ArraySource, type Linear } from './linear.js';
+import type { Ort, Session } from './ort.js';
 import { allocate, allocateBytes } from './memory.js';
 import { recording, type WeightRecorder } from './weight-cache.js';
 import { ScratchMemory } from './mapped-file.js';
@@ -31,14 +31,13 @@ export type WeightSource =
   | { readonly kind: 'cache'; readonly file: WeightFileReader };
 
 export class WeightLoader {
-  readonly byteLevels: ByteLevels;
+  readonly kernels: KernelProbe;
   readonly #reader: SliceReader;
   readonly #source: WeightSource;
   readonly #headSize: number;
   readonly #onProgress: (bytesDone: number) => void;
   readonly #signal: AbortSignal;
   readonly #pool = new ArrayPool();
-  readonly #packing: PackingProbe;
   readonly #ort: Ort;
   #chunk = new Float32Array(0);
   #mappedBytes = 0;
@@ -57,8 +56,7 @@ export class WeightLoader {
     this.#headSize = checkpoint.config.headSize;
     this.#onProgress = onProgress;
     this.#signal = signal;
-    this.#packing = new PackingProbe(ort);
-    this.byteLevels = byteLevelsOf(ort);
+    this.kernels = new KernelProbe(ort);
   }
 
   /** Of the checkpoint. */
@@ -205,7 +203,7 @@ export class WeightLoader {
   open(graph: Graph, matrices: readonly Linear[]): Session {
     const session = this.#ort.createSession(graph);
     for (const matrix of matrices) {
-      if (!this.#packing.packs(matrix)) session.keep(this.#pool.leave(matrix));
+      if (!this.kernels.packs(matrix)) session.keep(this.#pool.leave(matrix));
       else if (this.#source.kind === 'checkpoint') this.#pool.giveBack(matrix);
       else
         for (const { buffer } of arraysOf(matrix)) this.#source.file.forget(buffer as ArrayBuffer);
@@ -265,75 +263,5 @@ class ArrayPool implements ArraySource {
       oldest.release();
     }
     return new ScratchMemory(byteCount);
-  }
-}
-
-/**
- * Whether the runtime, once a session is made, still reads a matrix where we gave it. Its documentation says that it
- * may; its kernels mostly pack a copy. Which do is seen by clearing ours, once for every shape and form.
- */
-class PackingProbe {
-  readonly #ort: Ort;
-  readonly #known = new Map<string, boolean>();
-
-  constructor(ort: Ort) {
-    this.#ort = ort;
-  }
-
-  packs(matrix: Linear): boolean {
-    const { kind, outputs, inputs } = matrix;
-    const key = [kind, outputs, inputs, kind === 'int4' ? matrix.block : 0].join();
-    let isPacked = this.#known.get(key);
-    if (isPacked === undefined) {
-      isPacked = this.#try(matrix);
-      this.#known.set(key, isPacked);
-    }
-    return isPacked;
-  }
-
-  /** Tries it on a matrix of the same width and remainders, but few outputs. */
-  #try(like: Linear): boolean {
-    const { inputs } = like;
-    const outputs = Math.min(like.outputs, 64 + (like.outputs % 64));
-    const form =
-      like.kind === 'int4' ? { kind: like.kind, block: like.block } : { kind: like.kind };
-    const writer = linearWriter(form, outputs, inputs, { take: allocateBytes });
-    const wave = (count: number) => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1));
-    writer.write(wave(outputs * inputs), 0, outputs);
-    const builder = new GraphBuilder();
-    builder.input('x', elementType.float32, [1, 'rows', inputs]);
-    builder.linear('x', writer.linear, 'y');
-    builder.output('y', elementType.float32, [1, 'rows', outputs]);
-    const session = this.#ort.createSession(builder.finish());
-    // One row and several take different kernels.
-    const runs = [1, 5].map((rowCount) => ({
-      x: this.#ort.tensor(wave(rowCount * inputs), [1, rowCount, inputs]),
-      y: this.#ort.tensor(new Float32Array(rowCount * outputs), [1, rowCount, outputs]),
-    }));
-    const compute = () =>
-      runs.flatMap(({ x, y }) => {
-        session.run([x], [y]);
-        return [...(y.array as Float32Array)];
-      });
-    const before = compute();
-    for (const array of arraysOf(writer.linear)) array.fill(0);
-    const after = compute();
-    for (const { x, y } of runs) {
-      x.release();
-      y.release();
-    }
-    session.release();
-    return before.every((value, i) => value === after[i]);
-  }
-}
-
-function arraysOf(matrix: Linear): (Float32Array | Int8Array | Uint8Array)[] {
-  switch (matrix.kind) {
-    case 'fp32':
-      return [matrix.values];
-    case 'int8':
-      return [matrix.values, matrix.scales];
-    case 'int4':
-      return [matrix.values, matrix.scales, matrix.zeros];
   }
 }
