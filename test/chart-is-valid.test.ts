@@ -79,11 +79,12 @@ void test('a field that Kubernetes does not know is noticed', { skip }, () => {
   }
 });
 
-void test('every flag that the chart gives exists', { skip: skipWithoutHelm }, () => {
+void test('every flag that the chart gives exists', { skip: skipWithoutHelm }, async () => {
   const known = new Map<string, ReadonlySet<string>>();
   const flagsOf = (command: Command): Set<string> =>
     new Set(command.options.map(({ long }) => long ?? ''));
-  for (const command of createProgram().commands) known.set(command.name(), flagsOf(command));
+  const { commands } = await createProgram();
+  for (const command of commands) known.set(command.name(), flagsOf(command));
   const { stdout } = spawnSync(process.execPath, [workerEntry, '--help'], { encoding: 'utf8' });
   known.set('worker', new Set([...stdout.matchAll(/^ +(--[\w-]+)/gm)].map(([, flag]) => flag!)));
   const seen = new Set<string>();

@@ -12,9 +12,9 @@ const folder = path.join(packageRoot, 'deploy');
 const read = (file: string): string => fs.readFileSync(path.join(folder, file), 'utf8');
 
 /** The flags of each role. */
-function knownFlags(): Map<string, Set<string>> {
+async function knownFlags(): Promise<Map<string, Set<string>>> {
   const known = new Map(
-    createProgram().commands.map((command) => [
+    (await createProgram()).commands.map((command) => [
       command.name(),
       new Set(command.options.map(({ long }) => long ?? '')),
     ]),
@@ -47,13 +47,13 @@ interface Service {
   readonly stop_grace_period?: string;
 }
 
-void test('compose runs each role without rights, with health, and ranks that share memory', () => {
+void test('compose runs each role without rights, with health, and ranks that share memory', async () => {
   const { services, volumes } = parse(read('compose.yaml'), { merge: true }) as {
     services: Record<string, Service>;
     volumes: Record<string, unknown>;
   };
   assert.deepEqual(Object.keys(services), ['redis', 'rank-0', 'rank-1', 'coordinator', 'gateway']);
-  const known = knownFlags();
+  const known = await knownFlags();
   for (const [name, service] of Object.entries(services)) {
     assert.ok(service.healthcheck.test.length > 1, name);
     for (const volume of service.volumes) {
@@ -88,8 +88,8 @@ const skipWithoutSystemd =
 
 const units = fs.readdirSync(path.join(folder, 'systemd'));
 
-void test('units name commands and flags that exist, and drain before they are killed', () => {
-  const known = knownFlags();
+void test('units name commands and flags that exist, and drain before they are killed', async () => {
+  const known = await knownFlags();
   assert.equal(units.length, 3);
   for (const unit of units) {
     const text = read(`systemd/${unit}`);

@@ -13,14 +13,14 @@ import { errorTable } from '../proto/errors.js';
 
 const read = (file: string): string => fs.readFileSync(path.join(packageRoot, file), 'utf8');
 
-void test('docs/cli.md lists exactly the commands and flags that exist', () => {
+void test('docs/cli.md lists exactly the commands and flags that exist', async () => {
   const sections = new Map(
     read('docs/cli.md')
       .split(/^## /m)
       .slice(1)
       .map((section) => [/^[\w-]+( [\w-]+)*/.exec(section)![0], section] as const),
   );
-  const commands = runnable(createProgram());
+  const commands = runnable(await createProgram());
   assert.deepEqual([...sections.keys()].sort(), [...commands.keys()].sort());
   for (const [name, command] of commands) {
     const documented = [...sections.get(name)!.matchAll(/^\| `(--[^`]*)`/gm)];

@@ -15,7 +15,8 @@ process.stdout.on('error', (error: NodeJS.ErrnoException) => {
 });
 
 try {
-  await createProgram().parseAsync(process.argv);
+  const program = await createProgram(process.argv[2]);
+  await program.parseAsync(process.argv);
 } catch (thrown) {
   if (thrown instanceof CommanderError) {
     // Help and version end this way too, with 0, as a call without a command does with its help.

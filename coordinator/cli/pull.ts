@@ -100,15 +100,11 @@ async function interruptible(
   }
 }
 
-/** Commands that open the model that `--model` names. Others only name it, or say what is wrong with it. */
-const openers = ['up', 'generate', 'eval', 'inspect', 'tokenize', 'coordinator'];
-
 /**
  * Fetches what is missing of `--model hf:ORG/NAME` before a command opens it. Once it is all there, nothing is asked of
  * the hub: `caravan pull` looks for something newer.
  */
 export async function pullNamedModel(command: Command): Promise<void> {
-  if (!openers.includes(command.name())) return;
   const { model } = resolveConfig(['model'], {
     flags: command.opts<Record<string, unknown>>(),
     env: process.env,
