@@ -8,11 +8,13 @@ import { deviceCodes, parseDevice } from '../model/device-name.js';
 import { kvBytes, planRanks, type RankPlan } from '../model/plan.js';
 import { shapeOf } from '../model/stored-tensor.js';
 import {
+  kvCodes,
   kvElementBytes,
   modesOfDevice,
   weightBytes,
   weightForms,
   weightsCodes,
+  type KvMode,
   type WeightForms,
   type WeightsMode,
 } from '../model/weights.js';
@@ -33,6 +35,8 @@ export interface GroupLimits {
   readonly keptWeights?: WeightCache | undefined;
   /** What all ranks compute on; `cpu` if left out. */
   readonly device?: string;
+  /** `auto` if left out. */
+  readonly kv?: KvMode;
 }
 
 /** The settings of the weight cache, which every command that starts or drives ranks takes. */
@@ -107,6 +111,16 @@ export function planGroup(
       `--exact: ${device} takes other kernels for other numbers of rows; only cpu promises the same bits`,
     );
   }
+  const kv = limits.kv ?? 'auto';
+  if (kv === 'int8' && limits.exact) {
+    throw new CaravanError(
+      'bad_usage',
+      '--kv int8 rounds by what was computed before and cannot be --exact',
+    );
+  }
+  if (kv === 'int8' && device !== 'cpu') {
+    throw new CaravanError('bad_usage', `--kv int8: ${device} holds keys and values as floats`);
+  }
   const modes = modesOfDevice[device];
   if (limits.weights !== 'auto' && !modes.includes(limits.weights)) {
     const rule = `${device} takes ${modes.join(', ')}`;
@@ -119,7 +133,7 @@ export function planGroup(
       weightBytes: weightBytes(checkpoint.config, plan, forms),
       kvBytes:
         (kvBytes(checkpoint.config, plan, maxSeqLen, limits.maxBatchSize) / 4) *
-        kvElementBytes(device, weights),
+        kvElementBytes(device, weights, kv),
     }));
     const spec: GroupSpec = {
       modelPath: checkpoint.path,
@@ -134,6 +148,7 @@ export function planGroup(
       transport: transports[limits.transport ?? 'auto'],
       weightCache: limits.keptWeights,
       device: deviceCodes[device],
+      kv: kvCodes[kv],
       smaller,
     };
     const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);

@@ -47,6 +47,7 @@ export interface CoordinatorOptions {
   /** What all ranks compute on. */
   readonly device: string;
   readonly weights: Config['weights'];
+  readonly kv: Config['kv'];
   readonly transport: Config['transport'];
   readonly speculation: Config['speculation'];
   /** Address and port of probes and metrics; 0 takes a free one, left out serves none. */

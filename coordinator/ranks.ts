@@ -9,6 +9,7 @@ import {
   RankClient,
   type Command,
   type DeviceKind,
+  type KvForm,
   type Loaded,
   type LoadProgress,
   type Report,
@@ -40,6 +41,7 @@ export interface GroupSpec {
   /** Left out where weights are not kept for the next start. */
   readonly weightCache: WeightCache | undefined;
   readonly device: DeviceKind;
+  readonly kv: KvForm;
   /** With fewer bits, where a device turns out to have no room for this one; null if there is none. */
   readonly smaller: GroupSpec | null;
 }

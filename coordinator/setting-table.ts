@@ -61,6 +61,13 @@ export const settingTable = {
     rule: 'one of auto, fp32, fp16, int8, int4, int4+int8',
     schema: z.enum(['auto', 'fp32', 'fp16', 'int8', 'int4', 'int4+int8']),
   }),
+  kv: defaulted('auto', {
+    argument: '<form>',
+    description:
+      'how keys and values are held: floats (auto), or int8, a quarter of the memory on a CPU',
+    rule: 'one of auto, int8',
+    schema: z.enum(['auto', 'int8']),
+  }),
   exact: defaulted(false, {
     argument: null,
     description: 'same request, same tokens, bit for bit, whatever else runs',

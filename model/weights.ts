@@ -10,7 +10,7 @@
  * is. Blocks lie on the whole tensor's grid, and ranks are cut on it, so that a weight has the same value at every
  * tp. (A scale of int8 covers what a rank holds of an output: finer than the whole where inputs are cut.)
  */
-import { Weights } from '../proto/gen/cluster.js';
+import { KvForm, Weights } from '../proto/gen/cluster.js';
 import type { LlamaConfig } from './config.js';
 import type { DeviceKind } from './device-name.js';
 import { cut, listSlices, slicesOf, type RankPlan } from './plan.js';
@@ -25,9 +25,21 @@ export const modesOfDevice: Readonly<Record<DeviceKind, readonly WeightsMode[]>>
   cuda: ['fp32', 'fp16', 'int4'],
 };
 
+/** How keys and values are held: as floats, or in 8 bits. */
+export const kvModes = ['auto', 'int8'] as const;
+export type KvMode = (typeof kvModes)[number];
+
+/** On the wire. */
+export const kvCodes = {
+  auto: KvForm.KV_FORM_UNSPECIFIED,
+  int8: KvForm.KV_FORM_INT8,
+} as const satisfies Record<KvMode, KvForm>;
+
 /** Bytes of a key's or value's element. CUDA's attention knows no other than 16-bit floats. */
-export const kvElementBytes = (device: DeviceKind, mode: WeightsMode): 2 | 4 =>
-  device === 'cuda' || (device === 'webgpu' && mode === 'fp16') ? 2 : 4;
+export function kvElementBytes(device: DeviceKind, mode: WeightsMode, kv: KvMode): 1 | 2 | 4 {
+  if (kv === 'int8') return 1;
+  return device === 'cuda' || (device === 'webgpu' && mode === 'fp16') ? 2 : 4;
+}
 
 /** On the wire. */
 export const weightsCodes = {

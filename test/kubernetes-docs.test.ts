@@ -42,7 +42,7 @@ function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [n
   const ranks = planRanks(config, tp, forms.ffnGrid).map((plan): [number, number] => {
     const { rows, columns } = slicesOf(config, plan).embedding;
     const onHost = formBytes(forms.embedding, rows.count, columns.count);
-    const kv = kvBytes(config, plan, POSITIONS, SLOTS) * (kvElementBytes('cuda', mode) / 4);
+    const kv = kvBytes(config, plan, POSITIONS, SLOTS) * (kvElementBytes('cuda', mode, 'auto') / 4);
     return [weightBytes(config, plan, forms) - onHost, kv];
   });
   return ranks.reduce((most, rank) => (rank[0] + rank[1] > most[0] + most[1] ? rank : most));

@@ -6,6 +6,7 @@ import { planGroup } from '../coordinator/group-spec.js';
 import type { Config } from '../coordinator/config.js';
 import { startLocalRank, stopLocalRank, type LocalRank } from '../coordinator/local-ranks.js';
 import { Ranks } from '../coordinator/ranks.js';
+import type { KvMode } from '../model/weights.js';
 import type { WeightCache } from '../proto/gen/cluster.js';
 
 export interface PoolGroup {
@@ -44,6 +45,7 @@ export class RankPool {
       transport?: Config['transport'];
       weights?: Config['weights'];
       exact?: boolean;
+      kv?: KvMode;
       keptWeights?: WeightCache;
     },
     use: (group: PoolGroup) => Promise<T>,

@@ -7,7 +7,7 @@ import { after, test } from 'node:test';
 import { openCheckpoint } from '../model/checkpoint.js';
 import { planRanks } from '../model/plan.js';
 import { weightForms, type WeightsMode } from '../model/weights.js';
-import { DeviceKind, SampledRows, Transport, Weights } from '../proto/gen/cluster.js';
+import { DeviceKind, KvForm, SampledRows, Transport, Weights } from '../proto/gen/cluster.js';
 import { Group } from '../worker/group.js';
 import { HostShard } from '../worker/host-device.js';
 import { Lobby } from '../worker/lobby.js';
@@ -45,6 +45,7 @@ async function logitsOf(
     ...{
       transport: Transport.TRANSPORT_UNSPECIFIED,
       device: DeviceKind.DEVICE_KIND_UNSPECIFIED,
+      kv: KvForm.KV_FORM_UNSPECIFIED,
       ...LIMITS,
     },
   };

@@ -5,7 +5,7 @@
 import type { LlamaConfig } from '../model/config.js';
 import type { DeviceKind } from '../model/device-name.js';
 import type { RankPlan } from '../model/plan.js';
-import type { LoadProgress, WeightCache } from '../proto/gen/cluster.js';
+import type { KvForm, LoadProgress, WeightCache } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
 import type { Pass } from './pass.js';
 import type { WeightsOrigin } from './weight-cache.js';
@@ -15,6 +15,8 @@ export interface GroupLimits {
   readonly maxSeqLen: number;
   readonly maxBatchSize: number;
   readonly maxStepRows: number;
+  /** How keys and values are held; floats if left out. */
+  readonly kv?: KvForm;
 }
 
 export interface LoadTerms extends GroupLimits {

@@ -304,3 +304,5 @@ const attribute = (name: string, value: Partial<AttributeProto>): AttributeProto
 });
 export const int = (name: string, i: number) => attribute(name, { i, type: AttributeType.INT });
 export const float = (name: string, f: number) => attribute(name, { f, type: AttributeType.FLOAT });
+export const text = (name: string, s: string) =>
+  attribute(name, { s: Buffer.from(s), type: AttributeType.STRING });

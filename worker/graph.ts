@@ -11,7 +11,15 @@
  */
 import type { LlamaConfig } from '../model/config.js';
 import type { Range, RankPlan } from '../model/plan.js';
-import { GraphBuilder, float, int, MICROSOFT, type Graph, type Kernels } from './graph-builder.js';
+import {
+  GraphBuilder,
+  float,
+  int,
+  MICROSOFT,
+  text,
+  type Graph,
+  type Kernels,
+} from './graph-builder.js';
 import type { Linear } from './linear.js';
 import { elementType } from './ort.js';
 
@@ -22,7 +30,7 @@ export interface GraphShape {
   readonly kernels: Kernels;
 }
 
-const { float32, int32, int64 } = elementType;
+const { float32, int8, int32, int64 } = elementType;
 
 /** Declares h and the partials of all ranks, in rank order. */
 function residualInputs(graph: GraphBuilder, { config, plan }: GraphShape): string[] {
@@ -89,8 +97,14 @@ export function attentionInGraph(
  * Attention of one group: either `batch` decoding slots with one row each, or one slot with `length` rows.
  * The KV tensors are bound as inputs and as outputs: keys and values are written in place at each
  * slot's positions.
+ *
+ * @param form of keys and values. In 8 bits they have a scale a channel, inputs (1, KV heads, 1, head size) that are
+ *   read at every run.
  */
-export function attentionGraph({ config, plan }: GraphShape): Graph {
+export function attentionGraph(
+  { config, plan }: Pick<GraphShape, 'config' | 'plan'>,
+  form: 'fp32' | 'int8' = 'fp32',
+): Graph {
   const graph = new GraphBuilder();
   const queryHeads = plan.queryHeads.count;
   const kvHeads = plan.kvHeads.count;
@@ -99,21 +113,35 @@ export function attentionGraph({ config, plan }: GraphShape): Graph {
   graph.input('q', float32, rows(queryHeads));
   graph.input('k', float32, rows(kvHeads));
   graph.input('v', float32, rows(kvHeads));
-  graph.input('keys', float32, cache);
-  graph.input('values', float32, cache);
+  const element = form === 'int8' ? int8 : float32;
+  graph.input('keys', element, cache);
+  graph.input('values', element, cache);
   // Last position of each sequence in the group, and the positions of the longest.
   graph.input('lastPositions', int32, ['batch']);
   graph.input('totalLength', int32, [1]);
-  graph.node(
-    'GroupQueryAttention',
-    ['q', 'k', 'v', 'keys', 'values', 'lastPositions', 'totalLength'],
-    ['attended', 'newKeys', 'newValues'],
-    [int('num_heads', queryHeads), int('kv_num_heads', kvHeads), int('do_rotary', 0)],
-    MICROSOFT,
-  );
+  const inputs = ['q', 'k', 'v', 'keys', 'values', 'lastPositions', 'totalLength'];
+  const attributes = [
+    int('num_heads', queryHeads),
+    int('kv_num_heads', kvHeads),
+    int('do_rotary', 0),
+  ];
+  if (form === 'int8') {
+    for (const name of ['keyScales', 'valueScales']) {
+      graph.input(name, float32, [1, kvHeads, 1, config.headSize]);
+    }
+    // Rotary tables, position ids, a bias and a sink are left out.
+    inputs.push('', '', '', '', '', 'keyScales', 'valueScales');
+    attributes.push(
+      text('k_quant_type', 'PER_CHANNEL'),
+      text('v_quant_type', 'PER_CHANNEL'),
+      int('kv_cache_bit_width', 8),
+    );
+  }
+  const outputs = ['attended', 'newKeys', 'newValues'];
+  graph.node('GroupQueryAttention', inputs, outputs, attributes, MICROSOFT);
   graph.output('attended', float32, rows(queryHeads));
-  graph.output('newKeys', float32, cache);
-  graph.output('newValues', float32, cache);
+  graph.output('newKeys', element, cache);
+  graph.output('newValues', element, cache);
   return graph.finish();
 }
 

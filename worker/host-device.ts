@@ -2,12 +2,14 @@
 import os from 'node:os';
 import { kvBytes } from '../model/plan.js';
 import { CaravanError } from '../proto/errors.js';
-import type { LoadProgress } from '../proto/gen/cluster.js';
+import { KvForm, type LoadProgress } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
+import { ByteKvCache } from './byte-kv-cache.js';
 import type { Device, GroupLimits, LoadedShard, LoadTerms, OpenPass } from './device.js';
 import { HostPass } from './host-pass.js';
-import { KvCache } from './kv-cache.js';
-import type { Ort } from './ort.js';
+import { FloatKvCache, kvShape } from './kv-cache.js';
+import { attentionGraph } from './graph.js';
+import type { Ort, Session } from './ort.js';
 import type { Shard } from './shard.js';
 import { loadShard } from './shard-loading.js';
 import type { WeightsOrigin } from './weight-cache.js';
@@ -41,6 +43,7 @@ export class HostDevice implements Device {
 export class HostShard implements LoadedShard {
   readonly #ort: Ort;
   readonly #shard: Shard;
+  #byteAttention: Session | null = null;
   readonly cachedBytes: number;
   readonly cacheFault: string;
 
@@ -71,19 +74,23 @@ export class HostShard implements LoadedShard {
     return this.#shard.bytesRead;
   }
 
-  kvBytes({ maxSeqLen, maxBatchSize }: GroupLimits): number {
-    return kvBytes(this.config, this.plan, maxSeqLen, maxBatchSize);
+  kvBytes({ maxSeqLen, maxBatchSize, kv }: GroupLimits): number {
+    const floats = kvBytes(this.config, this.plan, maxSeqLen, maxBatchSize);
+    return kv === KvForm.KV_FORM_INT8 ? floats / 4 : floats;
   }
 
   openPass(limits: GroupLimits, allReduce: AllReduce): Promise<OpenPass> {
     refuseTooLittleMemory(this.kvBytes(limits));
     const { config, plan } = this;
     const { maxSeqLen, maxBatchSize, maxStepRows } = limits;
-    const kv = new KvCache(this.#ort, config, plan, maxSeqLen, maxBatchSize);
+    const shape = kvShape(config, plan, maxSeqLen, maxBatchSize);
+    const isInBytes = limits.kv === KvForm.KV_FORM_INT8;
+    const kv = isInBytes ? new ByteKvCache(this.#ort, shape) : new FloatKvCache(this.#ort, shape);
+    const attention = isInBytes ? this.#attentionInBytes() : this.#shard.attention;
     const { partials } = allReduce;
     const workspace = new Workspace(this.#ort, config, plan, maxStepRows, maxSeqLen, partials);
     return Promise.resolve({
-      pass: new HostPass(this.#shard, kv, workspace, allReduce),
+      pass: new HostPass(this.#shard, attention, kv, workspace, allReduce),
       release: () => {
         workspace.release();
         kv.release();
@@ -92,7 +99,13 @@ export class HostShard implements LoadedShard {
   }
 
   release(): void {
+    this.#byteAttention?.release();
     this.#shard.release();
+  }
+
+  #attentionInBytes(): Session {
+    this.#byteAttention ??= this.#ort.createSession(attentionGraph(this, 'int8'));
+    return this.#byteAttention;
   }
 }
 

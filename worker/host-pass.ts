@@ -4,7 +4,7 @@
 import type { LlamaConfig } from '../model/config.js';
 import type { AllReduce, Turn } from './all-reduce.js';
 import type { KvCache } from './kv-cache.js';
-import type { Tensor } from './ort.js';
+import type { Session, Tensor } from './ort.js';
 import type { Pass, PassFigures, RowTop, Slots, Wish } from './pass.js';
 import type { Shard } from './shard.js';
 import type { StepLayout } from './step-layout.js';
@@ -18,6 +18,7 @@ export class HostPass implements Pass {
   readonly maxRows: number;
   readonly copyPositions: (from: number, to: number, count: number) => void;
   readonly #shard: Shard;
+  readonly #attention: Session;
   readonly #kv: KvCache;
   readonly #workspace: Workspace;
   readonly #allReduce: AllReduce;
@@ -25,12 +26,20 @@ export class HostPass implements Pass {
   #waitMs = 0;
   #wish: Wish = { k: 1, temperatures: [] };
 
-  constructor(shard: Shard, kv: KvCache, workspace: Workspace, allReduce: AllReduce) {
+  constructor(
+    shard: Shard,
+    attention: Session,
+    kv: KvCache,
+    workspace: Workspace,
+    allReduce: AllReduce,
+  ) {
     this.config = shard.config;
     this.vocab = shard.plan.vocab;
-    this.slots = { count: kv.slotCount, maxSeqLen: kv.maxSeqLen, lengths: kv.lengths };
+    const { slotCount, maxSeqLen } = kv.shape;
+    this.slots = { count: slotCount, maxSeqLen, lengths: kv.lengths };
     this.maxRows = workspace.maxRows;
     this.#shard = shard;
+    this.#attention = attention;
     this.#kv = kv;
     this.copyPositions = (from, to, count) => {
       kv.copy(from, to, count);
@@ -43,12 +52,13 @@ export class HostPass implements Pass {
     this.#waitMs = 0;
     this.#wish = wish;
     const { rowCount, groups } = layout;
-    const { layers, attention, plan } = this.#shard;
+    const { layers, plan } = this.#shard;
     const workspace = this.#workspace;
+    const kv = this.#kv;
     const rows = workspace.rows(rowCount);
     this.#bindPositions(layout);
     const groupTensors = groups.map((group) => workspace.group(group));
-    const kvViews = groups.map((group) => this.#kv.view(group.firstSlot, group.batch));
+    const kvViews = groups.map((group) => kv.view(group.firstSlot, group.batch));
 
     this.#embed(layout);
     const first = this.#exchange(rowCount);
@@ -64,11 +74,13 @@ export class HostPass implements Pass {
     for (let l = 0; l < layers.length; l += 1) {
       const layer = layers[l]![variant]!;
       layer.attentionIn.run(this.#inputs(attentionInputs, h, rows.partials), attentionOutputs);
+      const scales = kv.scales(l);
+      kv.admit(l, rows.k.array as Float32Array, rows.v.array as Float32Array, rowCount);
       for (let g = 0; g < groups.length; g += 1) {
         const { q, k, v, lastPositions, totalLength, attended }: GroupTensors = groupTensors[g]!;
         const { keys, values } = kvViews[g]![l]!;
-        attention.run(
-          [q, k, v, keys, values, lastPositions, totalLength],
+        this.#attention.run(
+          [q, k, v, keys, values, lastPositions, totalLength, ...scales],
           [attended, keys, values],
         );
       }

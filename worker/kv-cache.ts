@@ -18,45 +18,85 @@ export interface KvTensors {
   readonly values: Tensor;
 }
 
-export class KvCache {
+/** Elements of keys or values; integers stand for a multiple of their channel's scale. */
+export type KvArray = Float32Array | Int8Array;
+
+export interface KvLayer<A extends KvArray> {
+  readonly keys: A;
+  readonly values: A;
+}
+
+export interface KvShape {
+  readonly heads: number;
   readonly maxSeqLen: number;
+  readonly headSize: number;
   readonly slotCount: number;
+  readonly layerCount: number;
+}
+
+/** @returns the shape of one rank's cache. */
+export const kvShape = (
+  config: LlamaConfig,
+  plan: RankPlan,
+  maxSeqLen: number,
+  slotCount: number,
+): KvShape => ({
+  heads: plan.kvHeads.count,
+  headSize: config.headSize,
+  layerCount: config.layerCount,
+  maxSeqLen,
+  slotCount,
+});
+
+export abstract class KvCache<A extends KvArray = KvArray> {
+  readonly shape: KvShape;
   readonly byteCount: number;
   /** Positions in use, by slot. */
   readonly lengths: Int32Array;
-  readonly #ort: Ort;
-  readonly #layers: readonly { readonly keys: Float32Array; readonly values: Float32Array }[];
-  readonly #shape: readonly [kvHeads: number, maxSeqLen: number, headSize: number];
+  protected readonly layers: readonly KvLayer<A>[];
+  protected readonly ort: Ort;
   /** By first slot × (slots + 1) + count: tensors of all layers. */
   readonly #views = new Map<number, readonly KvTensors[]>();
 
   /** @throws CaravanError `out_of_memory` when it cannot be reserved. */
-  constructor(ort: Ort, config: LlamaConfig, plan: RankPlan, maxSeqLen: number, slotCount: number) {
-    this.#ort = ort;
-    this.maxSeqLen = maxSeqLen;
-    this.slotCount = slotCount;
-    this.lengths = new Int32Array(slotCount);
-    this.#shape = [plan.kvHeads.count, maxSeqLen, config.headSize];
-    const elements = slotCount * this.#slotElements;
-    this.byteCount = 2 * config.layerCount * elements * 4;
-    this.#layers = Array.from({ length: config.layerCount }, () => ({
-      keys: allocate(elements),
-      values: allocate(elements),
+  constructor(ort: Ort, shape: KvShape, allocateArray: (elementCount: number) => A) {
+    this.ort = ort;
+    this.shape = shape;
+    this.lengths = new Int32Array(shape.slotCount);
+    const elements = shape.slotCount * this.slotElements;
+    this.layers = Array.from({ length: shape.layerCount }, () => ({
+      keys: allocateArray(elements),
+      values: allocateArray(elements),
     }));
+    this.byteCount = this.layers.reduce((sum, { keys }) => sum + 2 * keys.byteLength, 0);
   }
+
+  /** What attention needs to know of a layer's elements beside them: scales of keys and of values, or nothing. */
+  abstract scales(layer: number): readonly Tensor[];
+
+  /**
+   * Makes room for what attention is about to write into a layer.
+   *
+   * @param k (rows, KV heads × headSize) keys of a step's rows.
+   * @param v as k.
+   */
+  abstract admit(layer: number, k: Float32Array, v: Float32Array, rowCount: number): void;
 
   /** Tensors over slots `first` to `first + count - 1`, by layer; made once and kept. */
   view(first: number, count: number): readonly KvTensors[] {
-    const key = first * (this.slotCount + 1) + count;
+    const { slotCount, heads, maxSeqLen, headSize } = this.shape;
+    const key = first * (slotCount + 1) + count;
     let view = this.#views.get(key);
     if (view === undefined) {
-      const size = this.#slotElements;
-      const tensor = (array: Float32Array) =>
-        this.#ort.tensor(array.subarray(first * size, (first + count) * size), [
+      const size = this.slotElements;
+      const tensor = (array: A) =>
+        this.ort.tensor(array.subarray(first * size, (first + count) * size), [
           count,
-          ...this.#shape,
+          heads,
+          maxSeqLen,
+          headSize,
         ]);
-      view = this.#layers.map(({ keys, values }) => ({
+      view = this.layers.map(({ keys, values }) => ({
         keys: tensor(keys),
         values: tensor(values),
       }));
@@ -67,12 +107,12 @@ export class KvCache {
 
   /** Copies the first `count` positions of a slot, in all layers. */
   copy(from: number, to: number, count: number): void {
-    const [heads, , headSize] = this.#shape;
-    const headElements = this.#slotElements / heads;
-    for (const { keys, values } of this.#layers) {
+    const { heads, maxSeqLen, headSize } = this.shape;
+    const headElements = maxSeqLen * headSize;
+    for (const { keys, values } of this.layers) {
       for (let head = 0; head < heads; head += 1) {
-        const start = from * this.#slotElements + head * headElements;
-        const target = to * this.#slotElements + head * headElements;
+        const start = from * this.slotElements + head * headElements;
+        const target = to * this.slotElements + head * headElements;
         keys.copyWithin(target, start, start + count * headSize);
         values.copyWithin(target, start, start + count * headSize);
       }
@@ -89,7 +129,22 @@ export class KvCache {
     this.#views.clear();
   }
 
-  get #slotElements(): number {
-    return this.#shape[0] * this.#shape[1] * this.#shape[2];
+  protected get slotElements(): number {
+    return this.shape.heads * this.shape.maxSeqLen * this.shape.headSize;
+  }
+}
+
+/** Keys and values as they come. */
+export class FloatKvCache extends KvCache<Float32Array> {
+  constructor(ort: Ort, shape: KvShape) {
+    super(ort, shape, allocate);
+  }
+
+  scales(): readonly Tensor[] {
+    return [];
+  }
+
+  admit(): void {
+    // Floats need no room.
   }
 }

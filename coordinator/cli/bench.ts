@@ -23,6 +23,7 @@ const upSettings = [
   'device',
   'weights',
   'exact',
+  'kv',
   'transport',
   'speculation',
   'maxSeqLen',

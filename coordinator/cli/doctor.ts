@@ -49,6 +49,7 @@ export function register(program: Command): void {
       'tp',
       'device',
       'weights',
+      'kv',
       'maxSeqLen',
       'maxBatchSize',
       'host',
@@ -191,7 +192,7 @@ function checkDevices(device: string, tp: number, devices: readonly DeviceReport
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;
 
 function checkModel(
-  s: Pick<Config, 'model' | 'tp' | 'device' | 'weights' | 'maxSeqLen' | 'maxBatchSize'>,
+  s: Pick<Config, 'model' | 'tp' | 'device' | 'weights' | 'kv' | 'maxSeqLen' | 'maxBatchSize'>,
   devices: readonly DeviceReport[],
 ): Finding[] {
   try {

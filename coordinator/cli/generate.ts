@@ -35,6 +35,7 @@ export function register(program: Command): void {
       'device',
       'weights',
       'exact',
+      'kv',
       'transport',
       ...weightCacheSettingNames,
       'speculation',

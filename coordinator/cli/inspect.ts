@@ -26,14 +26,16 @@ export function register(program: Command): void {
     'device',
     'weights',
     'exact',
+    'kv',
     'maxSeqLen',
     'maxBatchSize',
     'json',
   ]);
   command.action(async () => {
-    const { model, tp, device, weights, exact, maxSeqLen, maxBatchSize, json } = settings();
+    const s = settings();
+    const { json } = s;
     const { slices: showsSlices, verify } = command.opts<{ slices?: true; verify?: true }>();
-    const path = resolveModelPath(model);
+    const path = resolveModelPath(s.model);
     // Before anything is read that may be damaged.
     const verified =
       verify === true
@@ -41,9 +43,8 @@ export function register(program: Command): void {
         : null;
     const checkpoint = openCheckpoint(path);
     const maxStepRows = DEFAULT_MAX_STEP_ROWS;
-    const limits = { device, weights, exact, maxSeqLen, maxBatchSize, maxStepRows };
-    const group = planGroup(checkpoint, tp, limits);
-    const devices = await Promise.all(devicesOfRanks(device, tp).map(probeDevice));
+    const group = planGroup(checkpoint, s.tp, { ...s, maxStepRows });
+    const devices = await Promise.all(devicesOfRanks(s.device, s.tp).map(probeDevice));
     const report = { ...describe(checkpoint, group, devices), verified };
     if (json) process.stdout.write(`${JSON.stringify(report)}\n`);
     else process.stdout.write(toText(report, showsSlices === true));

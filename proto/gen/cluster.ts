@@ -66,6 +66,23 @@ export namespace Weights {
   export type UNRECOGNIZED = typeof Weights.UNRECOGNIZED;
 }
 
+/** How keys and values are held. */
+export const KvForm = {
+  /** KV_FORM_UNSPECIFIED - Floats, as the device's attention takes them. */
+  KV_FORM_UNSPECIFIED: 0,
+  /** KV_FORM_INT8 - 8 bits, a scale a channel. */
+  KV_FORM_INT8: 1,
+  UNRECOGNIZED: -1,
+} as const;
+
+export type KvForm = typeof KvForm[keyof typeof KvForm];
+
+export namespace KvForm {
+  export type KV_FORM_UNSPECIFIED = typeof KvForm.KV_FORM_UNSPECIFIED;
+  export type KV_FORM_INT8 = typeof KvForm.KV_FORM_INT8;
+  export type UNRECOGNIZED = typeof KvForm.UNRECOGNIZED;
+}
+
 /** What ranks compute on: how weights are held and where they are cut depends on it. */
 export const DeviceKind = {
   /** DEVICE_KIND_UNSPECIFIED - The CPU. */
@@ -168,6 +185,7 @@ export interface Load {
     | undefined;
   /** The kind of device that the group is planned for. A rank on another one refuses. */
   device: DeviceKind;
+  kv: KvForm;
 }
 
 export interface WeightCache {
@@ -716,6 +734,7 @@ function createBaseLoad(): Load {
     isExact: false,
     weightCache: undefined,
     device: 0,
+    kv: 0,
   };
 }
 
@@ -765,6 +784,9 @@ export const Load: MessageFns<Load> = {
     }
     if (message.device !== 0) {
       writer.uint32(120).int32(message.device);
+    }
+    if (message.kv !== 0) {
+      writer.uint32(128).int32(message.kv);
     }
     return writer;
   },
@@ -900,6 +922,14 @@ export const Load: MessageFns<Load> = {
             }
 
             message.device = reader.int32() as any;
+            continue;
+          }
+          case 16: {
+            if (tag !== 128) {
+              break;
+            }
+
+            message.kv = reader.int32() as any;
             continue;
           }
         }
