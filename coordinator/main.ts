@@ -21,6 +21,7 @@ import { Heartbeat } from './heartbeat.js';
 import { serveEngineFace } from './http-engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
+import { LoadingSign } from './loading-sign.js';
 import { EngineMetrics } from './metrics-engine.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
 import { openChecked } from './local-group.js';
@@ -134,6 +135,7 @@ export async function runCoordinator(
       : new PodDeletionCost(options.pod, health, (message) => {
           log.warn({ pod: options.pod?.pod }, `pod-deletion-cost: ${message}`);
         });
+  const loading = new LoadingSign(store, card.name, engineId, health);
   let isReady = false;
   const startMs = performance.now();
   try {
@@ -218,6 +220,7 @@ export async function runCoordinator(
     }
   } finally {
     draining.removeEventListener('abort', onDrain);
+    loading.close();
     redis.close();
     await cost?.close();
     await taker.close();
