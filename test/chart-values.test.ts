@@ -50,6 +50,7 @@ const contradictory: Refused = [
   [model({ autoscaling: { minReplicas: 9 } }), /models: m: autoscaling\.minReplicas is above max/],
   [{ redis: { external: { url: 'redis://x' } } }, /redis: either enabled, or external\.url/],
   [{ redis: { enabled: false } }, /redis: with enabled false, external\.url or/],
+  [{ gateway: { ingress: { tlsSecretName: 'tls' } } }, /gateway\.ingress\.host must name the host/],
   [{ gateway: { files: { kind: 's3' } } }, /gateway\.files\.url must be s3:/],
   [{ gateway: { files: { kind: 'claim' } } }, /gateway\.files\.claimName must name/],
   [

@@ -279,7 +279,9 @@ export function npmSettings(): string {
 
 /** pip's settings of this machine, as a secret of the build. */
 export function pipSettings(): string {
-  const listed = spawnSync('pip', ['config', 'list'], { encoding: 'utf8' }).stdout ?? '';
+  const { error, stdout } = spawnSync('pip', ['config', 'list'], { encoding: 'utf8' });
+  // Without pip here there is nothing to take over.
+  const listed = error === undefined ? stdout : '';
   const own = [...listed.matchAll(/^[^.]*\.((?:extra-)?index-url|default-timeout)='(.*)'$/gm)].map(
     ([, key, value]) => `${key!} = ${value!}`,
   );
