@@ -145,7 +145,7 @@ void test(
     try {
       let said = '';
       for await (const chunk of child.stdout.setEncoding('utf8')) {
-        said += chunk;
+        said += String(chunk);
         if (said.includes('Ready to accept connections')) break;
       }
       assert.match(said, /Ready to accept connections/);
