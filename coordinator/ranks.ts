@@ -25,6 +25,7 @@ import {
   explainUnreached,
   type LinkSecurity,
 } from '../proto/link-security.js';
+import { keepaliveOptions } from '../proto/keepalive.js';
 import { PROTOCOL } from '../proto/protocol.js';
 
 /** What a group is to load; every rank is told all of it. */
@@ -63,13 +64,12 @@ const LOAD_SILENCE_MS = 120_000;
 /** Added to the ranks' own step timeout, so that their message, which names the peer, comes first. */
 const ANSWER_GRACE_MS = 2_000;
 
-const channelOptions = {
+const channelOptions = (device: DeviceKind) => ({
   'grpc.max_receive_message_length': -1,
   'grpc.max_send_message_length': -1,
-  'grpc.keepalive_time_ms': 10_000,
-  'grpc.keepalive_timeout_ms': 10_000,
   'grpc.use_local_subchannel_pool': 1,
-};
+  ...keepaliveOptions(device),
+});
 
 export class Ranks {
   readonly #links: readonly RankLink[];
@@ -111,7 +111,7 @@ export class Ranks {
     options: ConnectOptions,
   ): Promise<Ranks> {
     const links = addresses.map(
-      (address, rank) => new RankLink(rank, address, options.security ?? null),
+      (address, rank) => new RankLink(rank, address, spec.device, options.security ?? null),
     );
     const close = (): void => {
       for (const link of links) link.close();
@@ -243,13 +243,13 @@ class RankLink {
   #markLost: (error: CaravanError) => void = () => undefined;
   readonly lost: Promise<CaravanError>;
 
-  constructor(rank: number, address: string, security: LinkSecurity | null) {
+  constructor(rank: number, address: string, device: DeviceKind, security: LinkSecurity | null) {
     this.#rank = rank;
     this.#address = address;
     this.lost = new Promise((resolve) => (this.#markLost = resolve));
     this.#security = security;
     this.#client = new RankClient(address, channelCredentials(security), {
-      ...channelOptions,
+      ...channelOptions(device),
       ...channelSecurityOptions(security),
     });
   }

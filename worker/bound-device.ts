@@ -6,6 +6,7 @@ import { formBytes, weightBytes, type WeightForms } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
 import type { LoadProgress } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
+import { mostAttentionRows } from './attention-probe.js';
 import type {
   Device,
   DeviceMemory,
@@ -35,10 +36,12 @@ export class BoundDevice implements Device {
   readonly #device: OrtDevice;
   readonly #cuda: CudaRuntime | null;
   readonly #memoryLimit: number | null;
+  readonly #attentionRows: number | null;
 
   /**
    * @param kind whose graphs are computed: that of the device, but for tests, which compute a GPU's in host memory.
    * @param memoryLimit bytes that may be taken of the device's memory; null for all.
+   * @param attentionRows most rows of a slot that a run of attention takes; found out if it is null.
    * @throws CaravanError `bad_usage` when the device is not there, saying how to mend it.
    */
   constructor(
@@ -47,12 +50,18 @@ export class BoundDevice implements Device {
     {
       kind = name.kind,
       memoryLimit = null,
-    }: { kind?: DeviceKind; memoryLimit?: number | null } = {},
+      attentionRows = null,
+    }: {
+      kind?: DeviceKind;
+      memoryLimit?: number | null;
+      attentionRows?: number | null;
+    } = {},
   ) {
     this.name = nameOfDevice(name);
     this.kind = kind;
     this.#ort = ort;
     this.#memoryLimit = memoryLimit;
+    this.#attentionRows = attentionRows;
     this.#cuda = name.kind === 'cuda' ? CudaRuntime.open(name.index) : null;
     const provider = providerOf(name, { memoryLimit, stream: this.#cuda?.stream ?? null });
     this.#device = new OrtDevice(ort, provider, this.#cuda);
@@ -112,6 +121,8 @@ export class BoundDevice implements Device {
       });
     }
     const device = this.#device;
+    const attentionRows =
+      this.#attentionRows ?? (this.kind === 'webgpu' ? mostAttentionRows(device, shape) : Infinity);
     const shard = await DeviceShard.load(device, shape, forms, source);
     return {
       config,
@@ -121,7 +132,8 @@ export class BoundDevice implements Device {
       cachedBytes: 0,
       cacheFault: '',
       kvBytes: kvOf,
-      openPass: (own, allReduce) => openPass(device, shard, own, allReduce, this.#cuda),
+      openPass: (own, allReduce) =>
+        openPass(device, shard, own, allReduce, attentionRows, this.#cuda),
       release: () => {
         shard.release();
       },
@@ -134,13 +146,14 @@ async function openPass(
   shard: DeviceShard,
   { maxSeqLen, maxBatchSize, maxStepRows }: GroupLimits,
   allReduce: AllReduce,
+  attentionRows: number,
   cuda: CudaRuntime | null,
 ): Promise<OpenPass> {
   const { config, plan, attention } = shard.shape;
   // Copies of pinned memory need no second copy on their way.
   const unpin = cuda === null ? [] : allReduce.partials.flat().map((array) => cuda.pin(array));
   const kv = new DeviceKv(device, config, plan, attention, maxSeqLen, maxBatchSize);
-  const workspace = new DeviceWorkspace(device, shard, kv, maxStepRows, allReduce);
+  const workspace = new DeviceWorkspace(device, shard, kv, maxStepRows, allReduce, attentionRows);
   const pass = new DevicePass(device, shard, kv, workspace, allReduce);
   await pass.warmUp(() => new Promise((resolve) => setImmediate(resolve)));
   return {

@@ -37,8 +37,11 @@ export interface MatrixShape {
   readonly inputs: number;
 }
 
-/** `slots`: neighbouring slots with one row each. `rows`: one slot with any number of rows. */
-export type GroupKind = 'slots' | 'rows';
+/**
+ * `slots`: neighbouring slots with one row each. `rows`: one slot with any number of rows. `moreRows`: those that follow in
+ * the slot of the group before.
+ */
+export type GroupKind = 'slots' | 'rows' | 'moreRows';
 
 class DeviceGraphBuilder extends GraphBuilder {
   readonly #shape: DeviceShape;
@@ -163,7 +166,7 @@ export function deviceAttentionGraph(
   const attended = groups.map((kind, g) => {
     const rows = operands.map(({ name, width }) => {
       const part = groups.length > 1 ? `${name}.${g}` : name;
-      if (kind === 'rows') return part;
+      if (kind !== 'slots') return part;
       graph.reshape(part, [-1, 1, width], `${name}.slots.${g}`);
       return `${name}.slots.${g}`;
     });
@@ -226,10 +229,13 @@ function attend(
   const packed = isPacked(shape);
   const batch = `batch.${g}`;
   const cache = [batch, plan.kvHeads.count, `capacity.${g}`, config.headSize];
-  for (const name of ['keys', 'values']) graph.input(`${name}.${g}`, attention, cache);
+  const isMore = kind === 'moreRows';
+  if (!isMore) for (const name of ['keys', 'values']) graph.input(`${name}.${g}`, attention, cache);
   graph.input(`lastPositions.${g}`, int32, [batch]);
   graph.input(`totalLength.${g}`, int32, [1]);
-  const own = ['keys', 'values', 'lastPositions', 'totalLength'].map((name) => `${name}.${g}`);
+  // What the group before has written is read: so the one cannot be computed before the other.
+  const kept = isMore ? [`newKeys.${g - 1}`, `newValues.${g - 1}`] : [`keys.${g}`, `values.${g}`];
+  const own = [...kept, `lastPositions.${g}`, `totalLength.${g}`];
   graph.node(
     'GroupQueryAttention',
     [...rows, ...(packed ? ['', ''] : []), ...own, ...(packed ? ['cos', 'sin'] : [])],
@@ -242,7 +248,7 @@ function attend(
     MICROSOFT,
   );
   for (const name of ['newKeys', 'newValues']) graph.output(`${name}.${g}`, attention, cache);
-  if (kind === 'rows') return `attended.${g}`;
+  if (kind !== 'slots') return `attended.${g}`;
   const width = plan.queryHeads.count * config.headSize;
   graph.reshape(`attended.${g}`, [1, -1, width], `attended.rows.${g}`);
   return `attended.rows.${g}`;

@@ -46,20 +46,26 @@ export class DevicePass implements Pass {
   }
 
   /**
-   * Computes one layer and the head for a row and for two, before any sequence is there: devices make their kernels when
-   * they are first needed, which can take seconds.
+   * Computes one layer and the head for the shapes that steps have, before any sequence is there: devices make their
+   * kernels, and take what memory these need, when they are first run, which can take seconds.
    *
    * @param served lets the event loop run.
    */
   async warmUp(served: () => Promise<void>): Promise<void> {
-    for (const length of [1, 2].filter(
-      (rows) => rows <= Math.min(this.maxRows, this.slots.maxSeqLen),
-    )) {
-      const groups = [{ firstRow: 0, firstSlot: 0, batch: 1, length }];
-      const positions = Array.from({ length }, (_, i) => i);
-      const runs = this.#workspace.step(length, groups);
+    const { count, maxSeqLen } = this.slots;
+    const chunks = [1, 2, Math.min(this.maxRows, maxSeqLen)].map((length) => ({
+      batch: 1,
+      length,
+    }));
+    const batches = count > 1 ? [{ batch: count, length: 1 }] : [];
+    for (const { batch, length } of [...chunks, ...batches]) {
+      const rowCount = batch * length;
+      if (rowCount > this.maxRows || length > maxSeqLen) continue;
+      const groups = this.#workspace.groupsOf([{ firstRow: 0, firstSlot: 0, batch, length }]);
+      const positions = Array.from({ length: rowCount }, (_, row) => row % length);
+      const runs = this.#workspace.step(rowCount, groups);
       bindPositions(runs, positions, groups);
-      const head = this.#workspace.head(length, 1, 1);
+      const head = this.#workspace.head(rowCount, batch, 1);
       for (const input of [head.sampledRows, head.inverseTemperatures]) input.copy?.run();
       for (const run of [runs.attention[0]!, runs.ffn[0]!, head.run]) {
         run.run();
@@ -74,7 +80,7 @@ export class DevicePass implements Pass {
     this.#waitMs = 0;
     const { traffic } = this.#device;
     const before = { ...traffic };
-    const groups = this.#workspace.groupsOf(layout);
+    const groups = this.#workspace.groupsOf(layout.groups);
     const runs = this.#workspace.step(layout.rowCount, groups);
     bindPositions(runs, layout.positions, groups);
 

@@ -16,7 +16,7 @@ import { elementType, type TensorArray } from './ort.js';
 import { Kept, Made, type Bound, type HeadRuns, type StepRuns } from './device-runs.js';
 import type { DeviceSession, DeviceTensor, OrtDevice } from './ort-device.js';
 import { rotaryTables } from './rotary.js';
-import type { AttentionGroup, StepLayout } from './step-layout.js';
+import type { AttentionGroup } from './step-layout.js';
 
 const { float32, int64 } = elementType;
 
@@ -26,6 +26,7 @@ export class DeviceWorkspace {
   readonly #shard: DeviceShard;
   readonly #kv: DeviceKv;
   readonly #allReduce: AllReduce;
+  readonly #attentionRows: number;
   readonly #buffers: {
     readonly zeros: DeviceTensor;
     readonly afterAttention: DeviceTensor;
@@ -43,17 +44,20 @@ export class DeviceWorkspace {
   readonly #steps = new Kept<StepRuns>();
   readonly #heads = new Kept<HeadRuns>();
 
+  /** @param attentionRows most rows of a slot that one run of attention takes. */
   constructor(
     device: OrtDevice,
     shard: DeviceShard,
     kv: DeviceKv,
     maxRows: number,
     allReduce: AllReduce,
+    attentionRows: number,
   ) {
     this.#device = device;
     this.#shard = shard;
     this.#kv = kv;
     this.maxRows = maxRows;
+    this.#attentionRows = attentionRows;
     this.#allReduce = allReduce;
     const { shape } = shard;
     const { config, plan, activations, partials } = shape;
@@ -80,19 +84,27 @@ export class DeviceWorkspace {
     this.#row = device.session(deviceRowGraph(shape));
   }
 
-  /** How attention goes over a step's groups: a run takes no more slots than their memory allows. */
-  groupsOf({ groups }: StepLayout): AttentionGroup[] {
-    const { slotsPerRun } = this.#kv;
-    return groups.flatMap((group) =>
-      group.batch <= slotsPerRun
-        ? [group]
-        : Array.from({ length: group.batch }, (_, i) => ({
-            firstRow: group.firstRow + i * group.length,
-            firstSlot: group.firstSlot + i,
-            batch: 1,
-            length: group.length,
-          })),
-    );
+  /** How attention goes over a step's groups: a run takes no more slots, or rows of one, than the device can. */
+  groupsOf(groups: readonly AttentionGroup[]): AttentionGroup[] {
+    return groups.flatMap((group) => {
+      const { firstRow, firstSlot, batch, length } = group;
+      if (batch > this.#kv.slotsPerRun) {
+        return Array.from({ length: batch }, (_, i) => ({
+          firstRow: firstRow + i * length,
+          firstSlot: firstSlot + i,
+          batch: 1,
+          length,
+        }));
+      }
+      const count = Math.max(1, Math.ceil(length / this.#attentionRows));
+      const start = (part: number): number => Math.floor((part * length) / count);
+      return Array.from({ length: count }, (_, part) => ({
+        firstRow: firstRow + start(part),
+        firstSlot,
+        batch,
+        length: start(part + 1) - start(part),
+      }));
+    });
   }
 
   step(rowCount: number, groups: readonly AttentionGroup[]): StepRuns {
@@ -115,7 +127,10 @@ export class DeviceWorkspace {
   }
 
   #attentionSession(groups: readonly AttentionGroup[]): DeviceSession {
-    const kinds = groups.map((g): GroupKind => (g.batch > 1 ? 'slots' : 'rows'));
+    const kinds = groups.map((group, g): GroupKind => {
+      if (group.batch > 1) return 'slots';
+      return groups[g - 1]?.firstSlot === group.firstSlot ? 'moreRows' : 'rows';
+    });
     const key = kinds.join();
     let session = this.#attentionSessions.get(key);
     if (session === undefined) {

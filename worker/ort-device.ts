@@ -128,7 +128,6 @@ export class OrtDevice {
   readonly traffic: Traffic = { toDevice: 0, toHost: 0, ms: 0 };
   readonly runOptions: bigint;
   readonly #ort: Ort;
-  readonly #options: bigint;
   readonly #memory: bigint;
   readonly #allocator: bigint;
   readonly #cuda: CudaRuntime | null;
@@ -143,8 +142,6 @@ export class OrtDevice {
     this.#ort = ort;
     this.provider = provider;
     this.#cuda = cuda;
-    this.#options = api.create('CloneSessionOptions', ort.options);
-    appendProvider(api, this.#options, provider);
     this.runOptions = api.create('CreateRunOptions');
     if (cuda !== null) {
       // All sessions share our stream: what is needed on the host is waited for there.
@@ -168,9 +165,17 @@ export class OrtDevice {
   }
 
   session(graph: Graph): DeviceSession {
-    const { env } = this.#ort;
-    const args = [env, graph.model, graph.model.byteLength, this.#options];
-    return new DeviceSession(this, this.api.create('CreateSessionFromArray', ...args), graph);
+    const { api } = this;
+    const { env, options: common } = this.#ort;
+    const options = api.create('CloneSessionOptions', common);
+    try {
+      // For each session anew: WebGPU counts its users by it, and ends with the first session otherwise.
+      appendProvider(api, options, this.provider);
+      const args = [env, graph.model, graph.model.byteLength, options];
+      return new DeviceSession(this, api.create('CreateSessionFromArray', ...args), graph);
+    } finally {
+      api.native.ReleaseSessionOptions(options);
+    }
   }
 
   /** Memory on the device. @throws CaravanError `internal` in the runtime's words when there is none. */

@@ -107,6 +107,7 @@ export function appendProvider(api: OrtApi, options: bigint, provider: Provider)
 
 /** The runtime's own words, and what to do about it. */
 export function explain(device: DeviceName, cause: unknown): CaravanError {
+  if (cause instanceof CaravanError && cause.code === 'bad_usage') return cause;
   const said = (cause instanceof Error ? cause.message : String(cause))
     .replace(/^ONNX Runtime: (\S+:\d+ .*?was false\. )?/, '')
     // Where in the runtime's source it was noticed.

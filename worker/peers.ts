@@ -9,7 +9,8 @@ import {
   channelSecurityOptions,
   type LinkSecurity,
 } from '../proto/link-security.js';
-import { Transport, type Load, type RankPartial } from '../proto/gen/cluster.js';
+import { Transport, type DeviceKind, type Load, type RankPartial } from '../proto/gen/cluster.js';
+import { keepaliveOptions } from '../proto/keepalive.js';
 import type { Lobby, PeerCall } from './lobby.js';
 import { decodePartial, partialsMethod } from './partial-codec.js';
 import { sharedMemoryHost, SharedSegment } from './shared-memory.js';
@@ -29,14 +30,13 @@ export interface Peers {
 }
 
 /** Options of every stream between ranks: large messages, large windows, dead peers noticed. */
-export const peerChannelOptions = {
+export const peerChannelOptions = (device: DeviceKind) => ({
   'grpc.max_receive_message_length': -1,
   'grpc.max_send_message_length': -1,
   // Honoured by the calling side only, which is why the receiver of partials is the caller.
   'grpc-node.flow_control_window': 64 * 1024 * 1024,
-  'grpc.keepalive_time_ms': 10_000,
-  'grpc.keepalive_timeout_ms': 10_000,
-};
+  ...keepaliveOptions(device),
+});
 
 /** How often an address is tried again until the signal aborts. */
 const RETRY_MS = 100;
@@ -49,7 +49,7 @@ const RETRY_MS = 100;
  *   the signal's reason.
  */
 export async function meetPeers(
-  load: Pick<Load, 'peers' | 'group' | 'rank' | 'transport'>,
+  load: Pick<Load, 'peers' | 'group' | 'rank' | 'transport' | 'device'>,
   capacity: number,
   lobby: Lobby,
   signal: AbortSignal,
@@ -64,7 +64,7 @@ export async function meetPeers(
       peers.map(async (address, peer): Promise<PeerLink | null> => {
         if (peer === rank) return null;
         const [called, outgoing] = await Promise.all([
-          callPeer(address, { group, rank, host }, signal, security),
+          callPeer(address, { group, rank, host }, load.device, signal, security),
           lobby.meet({ group, rank: peer }, { host, segment: segment?.name ?? '' }, signal),
         ]);
         const { incoming, itsHost, itsSegment } = called;
@@ -130,11 +130,12 @@ type Caller = Parameters<(typeof partialsMethod)['requestSerialize']>[0];
 async function callPeer(
   address: string,
   caller: Caller,
+  device: DeviceKind,
   signal: AbortSignal,
   security: LinkSecurity | null,
 ): Promise<Called> {
   for (;;) {
-    const outcome = await callOnce(address, caller, signal, security);
+    const outcome = await callOnce(address, caller, device, signal, security);
     if (!(outcome instanceof Error)) return outcome;
     if (signal.aborted) {
       throw new CaravanError(
@@ -150,11 +151,12 @@ async function callPeer(
 async function callOnce(
   address: string,
   caller: Caller,
+  device: DeviceKind,
   signal: AbortSignal,
   security: LinkSecurity | null,
 ): Promise<Called | Error> {
   const client = new Client(address, channelCredentials(security), {
-    ...peerChannelOptions,
+    ...peerChannelOptions(device),
     ...channelSecurityOptions(security),
     'grpc.use_local_subchannel_pool': 1,
   });

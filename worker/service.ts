@@ -50,7 +50,7 @@ export class RankServer {
   readonly #device: Device;
   readonly #log: RankLog;
   readonly #security: LinkSecurity | null;
-  readonly #server = new Server(peerChannelOptions);
+  readonly #server: Server;
   readonly #lobby = new Lobby();
   #kept: { readonly key: string; readonly shard: LoadedShard } | null = null;
   /** Resolves when the coordinator that holds the rank has let it go; null while nobody does. */
@@ -65,6 +65,7 @@ export class RankServer {
     this.#device = device;
     this.#log = log;
     this.#security = security;
+    this.#server = new Server(peerChannelOptions(deviceCodes[device.kind]));
     this.#server.addService(RankService, {
       drive: (call: DriveCall) => {
         void this.#drive(call);

@@ -37,7 +37,6 @@ export function register(program: Command): void {
       'host',
       'metricsPort',
       'stallTimeout',
-      'ranksTimeout',
       'drainTimeout',
       'tlsCert',
       'tlsKey',
@@ -76,7 +75,6 @@ export function register(program: Command): void {
         ordinal: s.ordinal,
         pod: s.podDeletionCost ? podIdentity(process.env) : null,
         stallTimeoutMs: 1000 * s.stallTimeout,
-        ranksTimeoutMs: 1000 * s.ranksTimeout,
         onFace: (url) => {
           metricsUrl = url;
         },

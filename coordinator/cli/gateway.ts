@@ -3,7 +3,6 @@ import path from 'node:path';
 import type { Command } from 'commander';
 import { linkSecurity } from '../../proto/link-security.js';
 import { runGateway } from '../gateway.js';
-import { HttpCertificate } from '../http-certificate.js';
 import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
 import { defaultStateFolder } from '../state-folder.js';
 import { fileSettingNames, fileSettings } from '../file-settings.js';
@@ -26,8 +25,6 @@ export function register(program: Command): void {
       'tlsCert',
       'tlsKey',
       'tlsCa',
-      'httpsCert',
-      'httpsKey',
       ...fileSettingNames,
       'queueBoard',
       'webhookSecret',
@@ -57,7 +54,6 @@ export function register(program: Command): void {
         grpcPort,
         queueBoard,
         security: linkSecurity(s),
-        certificate: HttpCertificate.open(s),
         webhookSecret,
         webhookAllow,
         ...limits,

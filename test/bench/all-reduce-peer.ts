@@ -3,7 +3,7 @@
  * the addresses of both over IPC, and answers with what every exchange took.
  */
 import { Server, ServerCredentials } from '@grpc/grpc-js';
-import { Transport } from '../../proto/gen/cluster.js';
+import { DeviceKind, Transport } from '../../proto/gen/cluster.js';
 import { GroupAllReduce, type Turn } from '../../worker/all-reduce.js';
 import { Lobby, type PeerCall } from '../../worker/lobby.js';
 import { Pacer } from '../../worker/pacer.js';
@@ -30,7 +30,7 @@ const WARM_UP_ROUNDS = 50;
 const TIMEOUT_MS = 30_000;
 
 const lobby = new Lobby();
-const server = new Server(peerChannelOptions);
+const server = new Server(peerChannelOptions(DeviceKind.DEVICE_KIND_UNSPECIFIED));
 server.addService(
   { partials: partialsMethod },
   {
@@ -53,7 +53,8 @@ async function measure(task: PeerTask): Promise<PeerResult> {
   const { signal } = new AbortController();
   const capacity = Math.max(...byteCounts) / 4;
   const transport = task.transport === 'shm' ? Transport.TRANSPORT_SHM : Transport.TRANSPORT_GRPC;
-  const load = { peers: [...addresses], group, rank, transport };
+  const device = DeviceKind.DEVICE_KIND_UNSPECIFIED;
+  const load = { peers: [...addresses], group, rank, transport, device };
   const peers = await meetPeers(load, capacity, lobby, signal);
   const allReduce = new GroupAllReduce(rank, peers, capacity, TIMEOUT_MS, new Pacer());
   let turn: Turn = 0;

@@ -1,0 +1,123 @@
+/**
+ * Ranks on WebGPU give the golden logits and the golden texts, and nothing but partials, places and the largest logits
+ * is copied. Without a GPU it runs on the software Vulkan driver of Debian's chromium, so slowly that all of it is in
+ * the long form: CARAVAN_LONG=1.
+ */
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import { after, test } from 'node:test';
+import { evaluate } from '../coordinator/evaluation.js';
+import type { Ranks } from '../coordinator/ranks.js';
+import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
+import { SampledRows, type StepResult } from '../proto/gen/cluster.js';
+import { readTinyGolden, sharedGolden } from './golden.js';
+import { RankPool } from './rank-pool.js';
+import { sharedPath, skipWithout } from './shared.js';
+
+const TOLERANCE = 5e-4;
+const SOFTWARE_DRIVER = '/usr/lib/chromium/vk_swiftshader_icd.json';
+
+if (process.env['VK_ICD_FILENAMES'] === undefined && fs.existsSync(SOFTWARE_DRIVER)) {
+  // Ranks inherit it.
+  process.env['VK_ICD_FILENAMES'] = SOFTWARE_DRIVER;
+}
+const isDriverHere = process.env['VK_ICD_FILENAMES'] !== undefined || process.env['CI'] === 'true';
+
+const skip = (file?: string): string | false => {
+  if (process.env['CARAVAN_LONG'] !== '1') return 'a software GPU is slow: only in the long form';
+  if (!isDriverHere) return 'no Vulkan driver is here: apt-get install chromium libvulkan1';
+  return file === undefined ? false : skipWithout(file);
+};
+
+const pool = new RankPool('webgpu');
+after(() => pool.stop());
+
+const limits = { maxSeqLen: 256, maxBatchSize: 2, maxStepRows: 64, exact: false };
+
+/** Greedy decoding after a prompt, step by step. */
+async function decode(ranks: Ranks, prompt: readonly number[], count: number, first: number) {
+  const ids: number[] = [];
+  let results: StepResult[] = [];
+  for (let i = 0; i < count; i += 1) {
+    const isPrompt = i === 0;
+    results = await ranks.forward({
+      number: first + i,
+      joins: isPrompt ? [{ slot: 1, temperature: 0 }] : [],
+      decodeSlots: isPrompt ? [] : [1],
+      decodeTokens: isPrompt ? [] : [ids.at(-1)!],
+      chunks: isPrompt
+        ? [
+            {
+              ...{ slot: 1, tokens: [...prompt], targets: [] },
+              sampledRows: SampledRows.SAMPLED_ROWS_LAST,
+            },
+          ]
+        : [],
+      topK: 2,
+    });
+    const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
+    ids.push(best.topIds[0]!);
+  }
+  return { ids, last: results };
+}
+
+const distance = (a: ArrayLike<number>, b: ArrayLike<number>): number =>
+  Array.from(a, (x, i) => Math.abs(x - b[i]!)).reduce((most, x) => Math.max(most, x), 0);
+
+const CHUNK = 40;
+
+for (const tp of [1, 2]) {
+  void test(
+    `caravan-tiny at tp ${tp}: the oracle's logits and the golden text`,
+    { skip: skip() },
+    async (t) => {
+      const golden = readTinyGolden()[0]!;
+      const { config } = openCheckpoint(embeddedModelPath());
+      const ids = [...golden.promptIds, ...golden.ids];
+      const last = golden.promptIds.length - 1;
+      await pool.withGroup(embeddedModelPath(), { ...limits, tp }, async ({ ranks }) => {
+        const evaluation = await evaluate(ranks, ids, CHUNK, [last], limits.maxSeqLen);
+        assert.deepEqual(evaluation.argmax.slice(last, -1), golden.ids);
+        const most = distance(evaluation.logits.get(last)!, golden.firstLogits);
+        t.diagnostic(`largest difference ${most.toExponential(1)}`);
+        assert.ok(most < TOLERANCE, String(most));
+        const after = Math.ceil(ids.length / CHUNK);
+        const decoded = await decode(ranks, golden.promptIds, golden.ids.length, after + 1);
+        assert.deepEqual(decoded.ids, golden.ids);
+        for (const { bytesToDevice, bytesToHost } of decoded.last) {
+          const exchanges = 2 * config.layerCount;
+          const partial = 4 * config.hiddenSize;
+          // Position, last position, sampled row, inverse temperature; two logits and their places, two sums.
+          assert.equal(bytesToDevice, partial * (tp + exchanges * (tp - 1)) + 24);
+          assert.equal(bytesToHost, (tp > 1 ? exchanges * partial : 0) + 2 * (4 + 8) + 2 * 4);
+        }
+      });
+    },
+  );
+
+  void test(
+    `stories260K, heads of 8, at tp ${tp}: golden logits and the golden text's beginning`,
+    { skip: skip(sharedGolden.file) },
+    async (t) => {
+      const golden = sharedGolden.read()[0]!;
+      const positions = [...golden.logits.keys()];
+      const model = sharedPath(sharedGolden.model);
+      await pool.withGroup(model, { ...limits, tp }, async ({ ranks }) => {
+        const { ids } = golden;
+        const evaluation = await evaluate(ranks, ids, CHUNK, positions, limits.maxSeqLen);
+        assert.deepEqual(evaluation.argmax, golden.argmax);
+        let most = 0;
+        for (const [position, expected] of golden.logits) {
+          most = Math.max(most, distance(evaluation.logits.get(position)!, expected));
+        }
+        t.diagnostic(`largest difference ${most.toExponential(1)}`);
+        assert.ok(most < TOLERANCE, String(most));
+        const after = Math.ceil(ids.length / CHUNK);
+        const from = Math.min(8, ids.length - 1);
+        const decoded = await decode(ranks, ids.slice(0, from), 32, after + 1);
+        const expected = ids.slice(from, from + 32);
+        assert.deepEqual(decoded.ids.slice(0, expected.length), expected);
+      });
+    },
+  );
+}
