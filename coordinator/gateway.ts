@@ -7,6 +7,7 @@ import { Batches, type BatchLimits } from './batches.js';
 import type { FileStorage } from './file-storage.js';
 import { Files, type FileLimits } from './files.js';
 import { createHttpServer } from './http.js';
+import type { HttpCertificate } from './http-certificate.js';
 import { listenHttp } from './http-listen.js';
 import { BOARD_PATH } from './http-queues.js';
 import { Intake, type IntakeRules } from './intake.js';
@@ -40,6 +41,8 @@ export interface GatewayOptions {
   readonly grpcPort?: number | undefined;
   /** Of KEDA's links; plain if left out. */
   readonly security?: LinkSecurity | null;
+  /** Of HTTPS; plain HTTP if left out. */
+  readonly certificate?: HttpCertificate | null;
   /** Of uploaded files and of batch results; gateways of one Redis should share it. */
   readonly storage: FileStorage;
   readonly fileLimits: FileLimits;
@@ -109,7 +112,9 @@ export async function runGateway(
   const boardMode = options.queueBoard ?? 'read';
   const board =
     boardMode === 'off' ? undefined : new QueueBoard(redisUrl, BOARD_PATH, boardMode, onRedisError);
-  const app = createHttpServer({ ...routes, ...kept, webhooks, board }, options.maxBodyBytes, log);
+  const { maxBodyBytes, certificate } = options;
+  const served = { ...routes, ...kept, webhooks, board };
+  const app = createHttpServer(served, maxBodyBytes, log, certificate);
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
   let runningWebhooks: Promise<void> | null = null;

@@ -1,14 +1,17 @@
 /** The HTTP front: routes, errors in OpenAI's shape, health, metrics and the status page. */
 import type { IncomingMessage } from 'node:http';
+import type { Server as HttpsServer } from 'node:https';
 import type { Socket } from 'node:net';
 import Fastify, { type FastifyInstance } from 'fastify';
 import type { Logger } from 'pino';
 import { CaravanError, errorTable, toCaravanError } from '../proto/errors.js';
 import { addAnswerRoutes } from './http-answers.js';
 import { addBatchRoutes, type BatchRoutes } from './http-batches.js';
+import type { HttpCertificate } from './http-certificate.js';
 import { addFileRoutes, type FileRoutes } from './http-files.js';
 import { addJobRoutes } from './http-jobs.js';
 import { addQueueRoutes, type QueueRoutes } from './http-queues.js';
+import { readinessQuery } from './http-readiness.js';
 import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
 import { tenantOf } from './http-tenant.js';
@@ -16,6 +19,7 @@ import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { parseJson } from './json-text.js';
 import { errorBody, modelBody } from './openai-answer.js';
+import { parseBody } from './openai-refusal.js';
 import { describeApi } from './openapi.js';
 import { packageVersion } from './package-root.js';
 import type { Store } from './store.js';
@@ -29,19 +33,29 @@ export interface HttpRoutes extends ResponseRoutes, FileRoutes, BatchRoutes, Que
   readonly redis: RedisWatch;
 }
 
-/** The server, not listening yet. @param maxBodyBytes of a request, but for uploaded files. */
+/**
+ * The server, not listening yet.
+ *
+ * @param maxBodyBytes of a request, but for uploaded files.
+ * @param certificate of HTTPS; null serves plain HTTP.
+ */
 export function createHttpServer(
   routes: HttpRoutes,
   maxBodyBytes: number,
   log: Logger,
+  certificate: HttpCertificate | null = null,
 ): FastifyInstance {
+  const https: object = certificate === null ? {} : { https: { ...certificate.files } };
   const app = Fastify({
+    ...https,
     bodyLimit: maxBodyBytes,
     // Streams end by themselves; idle connections need not be waited for.
     forceCloseConnections: 'idle',
     return503OnClosing: true,
   });
   closeSilentConnections(app);
+  certificate?.follow(app.server as unknown as HttpsServer, log);
+  app.addHook('onClose', () => certificate?.close());
   // Clients that forget the content type mean JSON.
   app.removeAllContentTypeParsers();
   app.addContentTypeParser('*', { parseAs: 'string' }, (_request, text, done) => {
@@ -111,16 +125,22 @@ export function createHttpServer(
  * Node counts only those as idle that have had an answer, and would wait a minute for the others.
  */
 function closeSilentConnections(app: FastifyInstance): void {
-  const silent = new Set<Socket>();
+  // By the peer's address: a request over TLS has another socket than its connection.
+  const silent = new Map<string, Socket>();
+  const peerOf = ({ remoteAddress, remotePort }: Socket): string =>
+    `${remoteAddress ?? ''} ${remotePort ?? ''}`;
   app.server.on('connection', (socket: Socket) => {
-    silent.add(socket);
-    socket.once('close', () => silent.delete(socket));
+    const peer = peerOf(socket);
+    silent.set(peer, socket);
+    socket.once('close', () => {
+      if (silent.get(peer) === socket) silent.delete(peer);
+    });
   });
   app.server.on('request', ({ socket }: IncomingMessage) => {
-    silent.delete(socket);
+    silent.delete(peerOf(socket));
   });
   app.addHook('preClose', (done) => {
-    for (const socket of silent) socket.destroy();
+    for (const socket of silent.values()) socket.destroy();
     done();
   });
 }
@@ -138,9 +158,11 @@ function addModelRoutes(app: FastifyInstance, { models }: HttpRoutes): void {
 function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
   const { store, metrics, models, answers, work, redis } = routes;
   app.get('/livez', () => ({ status: 'ok' }));
-  app.get('/readyz', async () => {
+  app.get('/readyz', async ({ query }) => {
+    const { engines: needed } = parseBody(readinessQuery, query);
     const engines = await store.engines();
-    if (engines.length === 0) throw new CaravanError('engine_unavailable', 'no engine is alive');
+    if (engines.length === 0 && needed === 'needed')
+      throw new CaravanError('engine_unavailable', 'no engine is alive');
     return { status: 'ok', engines: engines.length };
   });
   app.get('/metrics', async (_request, reply) => {

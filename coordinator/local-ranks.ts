@@ -4,6 +4,7 @@
 import { fork, type ChildProcess } from 'node:child_process';
 import os from 'node:os';
 import { CaravanError } from '../proto/errors.js';
+import { linkVariables } from '../proto/link-security.js';
 import { workerEntry } from './package-root.js';
 
 /**
@@ -32,6 +33,8 @@ export interface LocalRankOptions {
   readonly logLevel: string;
 }
 
+const noLinkVariables = Object.fromEntries(Object.values(linkVariables).map((name) => [name, '']));
+
 /** What a rank process says first. */
 type RankStart =
   | ({ readonly type: 'ready' } & Pick<LocalRank, 'address' | 'memory'>)
@@ -50,7 +53,12 @@ export async function startLocalRank(options: LocalRankOptions): Promise<LocalRa
       '--log-level',
       logLevel,
     ]),
-    { stdio: ['ignore', 'ignore', 'inherit', 'ipc'], execArgv: [...rankExecArgv] },
+    {
+      // Links within one command need no certificates, and its own end has none.
+      env: { ...process.env, ...noLinkVariables },
+      stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
+      execArgv: [...rankExecArgv],
+    },
   );
   return new Promise((resolve, reject) => {
     const fail = (reason: string): void => {

@@ -21,6 +21,7 @@ import { Heartbeat } from './heartbeat.js';
 import { serveEngineFace } from './http-engine.js';
 import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
+import { LoadingSign } from './loading-sign.js';
 import { EngineMetrics } from './metrics-engine.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
 import { openChecked } from './local-group.js';
@@ -55,6 +56,8 @@ export interface CoordinatorOptions {
   readonly metricsPort?: number | undefined;
   /** A step or a loading that has not moved on for this long makes the engine unhealthy. */
   readonly stallTimeoutMs: number;
+  /** Ranks that have not come up by then are not coming; once they have served, they are waited for. */
+  readonly ranksTimeoutMs: number;
   /** Of the links to ranks; plain if left out. */
   readonly security?: LinkSecurity | null;
   /** Engines of low ordinals take jobs first. */
@@ -73,8 +76,6 @@ export interface CoordinatorOptions {
 
 const FIRST_RETRY_MS = 200;
 const MAX_RETRY_MS = 5_000;
-/** Ranks that have not come up by then are not coming; once they have served, they are waited for. */
-const FIRST_GROUP_TIMEOUT_MS = 60_000;
 
 /**
  * Runs until `draining` aborts and the running jobs have ended, or until `stopping` aborts.
@@ -134,6 +135,7 @@ export async function runCoordinator(
       : new PodDeletionCost(options.pod, health, (message) => {
           log.warn({ pod: options.pod?.pod }, `pod-deletion-cost: ${message}`);
         });
+  const loading = new LoadingSign(store, card.name, engineId, health);
   let isReady = false;
   const startMs = performance.now();
   try {
@@ -209,7 +211,7 @@ export async function runCoordinator(
       } catch (thrown) {
         if (isOver()) return;
         const error = toCaravanError(thrown);
-        const isTooLate = !isReady && performance.now() - startMs > FIRST_GROUP_TIMEOUT_MS;
+        const isTooLate = !isReady && performance.now() - startMs > options.ranksTimeoutMs;
         if (isFinal(error) || isTooLate) throw error;
         log.warn({ code: error.code, retryMs }, error.message);
         await orAborted(delay(retryMs), over).catch(() => undefined);
@@ -218,6 +220,7 @@ export async function runCoordinator(
     }
   } finally {
     draining.removeEventListener('abort', onDrain);
+    loading.close();
     redis.close();
     await cost?.close();
     await taker.close();

@@ -52,6 +52,24 @@ export const processSettings = {
     rule: 'a host name',
     schema: z.string().regex(/^[\w.-]{1,253}$/),
   }),
+  httpsCert: optional({
+    argument: '<file>',
+    description: 'PEM certificate of the HTTP front, with those between (default: plain HTTP)',
+    rule: 'a file',
+    schema: text,
+  }),
+  httpsKey: optional({
+    argument: '<file>',
+    description: 'PEM key of --https-cert',
+    rule: 'a file',
+    schema: text,
+  }),
+  ranksTimeout: defaulted(60, {
+    argument: '<seconds>',
+    description: 'how long ranks may take to come up before the first group serves',
+    rule: secondsRule,
+    schema: seconds,
+  }),
   ordinal: optional({
     argument: '<n>',
     description:

@@ -3,8 +3,8 @@
  *
  * A trigger's metadata: `model` (required), `targetSeconds` of work that one engine should have (default 30), and
  * `tokensPerSecond` to reckon with until an engine was measured. A model that no engine has ever served is active:
- * one must come and publish its card, or no gateway would take its requests. Without certificates links are plain: a
- * NetworkPolicy should let only KEDA in.
+ * one must come and publish its card, or no gateway would take its requests. While a group reads its weights nobody is taken
+ * away: it would be the first. Without certificates links are plain: a NetworkPolicy should let only KEDA in.
  */
 import { setTimeout as delay } from 'node:timers/promises';
 import { CaravanError } from '../proto/errors.js';
@@ -57,8 +57,10 @@ export class ScalerServer {
             `metricName: must be ${METRIC_NAME}, got ${metricName}`,
           );
         }
-        const { work } = await this.#measure(scaledObjectRef);
-        const value = { metricValue: Math.ceil(work.seconds), metricValueFloat: work.seconds };
+        const { target, work } = await this.#measure(scaledObjectRef);
+        const held = work.loading > 0 ? work.engines * target.targetSeconds : 0;
+        const seconds = Math.max(work.seconds, held);
+        const value = { metricValue: Math.ceil(seconds), metricValueFloat: seconds };
         return { metricValues: [{ metricName: METRIC_NAME, ...value }] };
       }),
     };
@@ -78,7 +80,7 @@ export class ScalerServer {
 
   async #isActive(ref: ScaledObjectRef | undefined): Promise<{ result: boolean }> {
     const { work } = await this.#measure(ref);
-    return { result: work.jobs > 0 || !work.isKnown };
+    return { result: work.jobs > 0 || work.loading > 0 || !work.isKnown };
   }
 
   async #measure(ref: ScaledObjectRef | undefined): Promise<{ target: Target; work: Work }> {

@@ -4,6 +4,7 @@
  *
  *   caravan:cards                     hash: name → card
  *   caravan:engine:{MODEL}:ENGINE     a key that an engine renews; gone soon after the engine is
+ *   caravan:loading:{MODEL}           sorted set: engines that read their weights → until when that holds, by Redis's clock
  *   caravan:speeds:{MODEL}            hash: sequences of a step → tokens a second, as told last; stays as cards do
  *   caravan:paces                     hash: name → what a step of the engine costs that beat last
  */
@@ -116,6 +117,22 @@ export class Store {
     await this.#call(() => this.#redis.del(engineKey(model, engineId)));
   }
 
+  /** A group of ranks reads its weights, and will serve. */
+  async beatLoading(model: string, engineId: string): Promise<void> {
+    const args = [engineId, HEARTBEAT_TTL_MS];
+    await this.#call(() => this.#redis.eval(loadingScript, 1, loadingKey(model), ...args));
+  }
+
+  async endLoading(model: string, engineId: string): Promise<void> {
+    await this.#call(() => this.#redis.zrem(loadingKey(model), engineId));
+  }
+
+  /** Ids of engines that read their weights and do not serve yet. */
+  async loadingEngines(model: string): Promise<string[]> {
+    const ids = await this.#call(() => this.#redis.eval(loadingScript, 1, loadingKey(model), ''));
+    return ids as string[];
+  }
+
   /** Engines that are alive. */
   async engines(): Promise<EngineBeat[]> {
     const beats: EngineBeat[] = [];
@@ -165,6 +182,16 @@ export class Store {
   }
 }
 
+/** Forgets what is over, adds an engine unless its id is empty, and says who is left. */
+const loadingScript = `
+local time = redis.call('TIME')
+local nowMs = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', nowMs)
+if ARGV[1] ~= '' then redis.call('ZADD', KEYS[1], nowMs + ARGV[2], ARGV[1]) end
+return redis.call('ZRANGE', KEYS[1], 0, -1)
+`;
+
+const loadingKey = (model: string): string => `caravan:loading:{${model}}`;
 const speedsKey = (model: string): string => `caravan:speeds:{${model}}`;
 const engineKey = (model: string, engineId: string): string =>
   `caravan:engine:{${model}}:${engineId}`;

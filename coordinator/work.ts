@@ -16,16 +16,22 @@ export interface Work {
   readonly seconds: number;
   /** Whether an engine has ever served it: without a card, gateways refuse its requests. */
   readonly isKnown: boolean;
+  /** Engines that serve or load, and do not drain. */
+  readonly engines: number;
+  /** Of them, those whose weights are being read. */
+  readonly loading: number;
 }
+
+type EngineStore = Pick<Store, 'card' | 'engines' | 'loadingEngines' | 'rememberedSpeeds'>;
+
+/** An engine that was started again has a new id, on the same host: its old one may still be known. */
+const placeOf = (engineId: string): string => engineId.replace(/-[0-9a-f]{8}$/, '');
 
 export class WorkMeter {
   readonly #backlog: Pick<Backlog, 'count'>;
-  readonly #store: Pick<Store, 'card' | 'engines' | 'rememberedSpeeds'>;
+  readonly #store: EngineStore;
 
-  constructor(
-    backlog: Pick<Backlog, 'count'>,
-    store: Pick<Store, 'card' | 'engines' | 'rememberedSpeeds'>,
-  ) {
+  constructor(backlog: Pick<Backlog, 'count'>, store: EngineStore) {
     this.#backlog = backlog;
     this.#store = store;
   }
@@ -40,9 +46,11 @@ export class WorkMeter {
       model,
       card?.maxSeqLen ?? null,
     );
-    const living = (await this.#store.engines()).flatMap((engine) =>
-      engine.model === model ? [engine.speeds ?? []] : [],
-    );
+    const own = (await this.#store.engines()).filter((engine) => engine.model === model);
+    const living = own.map(({ speeds = [] }) => speeds);
+    const serving = own.filter(({ isDraining = false }) => !isDraining);
+    const served = new Set(serving.map(({ engineId }) => engineId));
+    const loading = (await this.#store.loadingEngines(model)).filter((id) => !served.has(id));
     const remembered = await this.#store.rememberedSpeeds(model);
     const capacity = capacityOf(living, remembered, card?.maxBatchSize ?? Infinity);
     const measured =
@@ -57,6 +65,8 @@ export class WorkMeter {
       tokensPerSecond,
       seconds: tokens / tokensPerSecond,
       isKnown: card !== null,
+      engines: new Set([...served, ...loading].map(placeOf)).size,
+      loading: loading.length,
     };
   }
 }

@@ -24,13 +24,32 @@ export interface LinkSecurity {
   readonly serverName?: string | undefined;
 }
 
-/** @throws CaravanError `bad_usage` when only some of the three files are given. */
-export function linkSecurity(settings: {
+/** As flags or variables give it. */
+export interface LinkSettings {
   readonly tlsCert?: string | undefined;
   readonly tlsKey?: string | undefined;
   readonly tlsCa?: string | undefined;
   readonly tlsServerName?: string | undefined;
-}): LinkSecurity | null {
+}
+
+/** The variables of all processes that have links. */
+export const linkVariables = {
+  tlsCert: 'CARAVAN_TLS_CERT',
+  tlsKey: 'CARAVAN_TLS_KEY',
+  tlsCa: 'CARAVAN_TLS_CA',
+  tlsServerName: 'CARAVAN_TLS_SERVER_NAME',
+} as const;
+
+/** Flags, and what the environment says where there are none; a variable that is set to nothing says nothing. */
+export function withLinkVariables(flags: LinkSettings, env: NodeJS.ProcessEnv): LinkSettings {
+  const names = Object.entries(linkVariables) as [keyof LinkSettings, string][];
+  return Object.fromEntries(
+    names.map(([name, key]) => [name, flags[name] ?? (env[key] || undefined)]),
+  );
+}
+
+/** @throws CaravanError `bad_usage` when only some of the three files are given. */
+export function linkSecurity(settings: LinkSettings): LinkSecurity | null {
   const { tlsCert, tlsKey, tlsCa, tlsServerName } = settings;
   if (tlsCert === undefined && tlsKey === undefined && tlsCa === undefined) return null;
   if (tlsCert === undefined || tlsKey === undefined || tlsCa === undefined) {

@@ -12,6 +12,7 @@ import {
   podOf,
   podTemplates,
   render,
+  renderAll,
   skipWithoutHelm,
   type Container,
   type Manifest,
@@ -21,7 +22,10 @@ import { freePort } from './redis-server.js';
 
 const skip = skipWithoutHelm;
 
-const only = (fields: object): Manifest[] => render({ models: [{ name: 'm', ...fields }] });
+const model = (fields: object): object => ({ models: [{ name: 'm', ...fields }] });
+const only = (fields: object): Manifest[] => render(model(fields));
+/** The same for each of these, in one run. */
+const each = (...sets: readonly object[]): Manifest[][] => renderAll(sets.map(model));
 const NAME = 'llama-engine-m';
 
 /** The value of a container's flag. */
@@ -159,12 +163,15 @@ void test('a group over nodes is a LeaderWorkerSet whose ranks find each other',
 });
 
 void test('engines know their ordinal where the highest goes first', { skip }, () => {
-  for (const [values, kind, label] of [
-    [{ workload: 'StatefulSet' }, 'StatefulSet', 'apps.kubernetes.io/pod-index'],
-    [{ tp: 4, nodes: 2 }, 'LeaderWorkerSet', 'leaderworkerset.sigs.k8s.io/group-index'],
-    [{}, 'Deployment', null],
-  ] as const) {
-    const { env } = containerOf(podOf(only(values), kind, NAME), 'coordinator');
+  const kinds = each({ workload: 'StatefulSet' }, { tp: 4, nodes: 2 }, {});
+  for (const [i, [kind, label]] of (
+    [
+      ['StatefulSet', 'apps.kubernetes.io/pod-index'],
+      ['LeaderWorkerSet', 'leaderworkerset.sigs.k8s.io/group-index'],
+      ['Deployment', null],
+    ] as const
+  ).entries()) {
+    const { env } = containerOf(podOf(kinds[i]!, kind, NAME), 'coordinator');
     const ordinal = env!.find(({ name }) => name === 'CARAVAN_ORDINAL');
     assert.equal(
       at(ordinal, 'valueFrom.fieldRef.fieldPath'),
@@ -208,11 +215,12 @@ void test('all links of a release are mutual TLS, KEDA to the scaler included', 
 });
 
 void test('ranks of a Pod share /dev/shm of the size that values say', { skip }, () => {
+  const [single, spread] = each({ shmSize: '3Gi' }, { shmSize: '3Gi', tp: 8, nodes: 2 });
   for (const [objects, kind] of [
-    [only({ shmSize: '3Gi' }), 'Deployment'],
-    [only({ shmSize: '3Gi', tp: 8, nodes: 2 }), 'LeaderWorkerSet'],
+    [single, 'Deployment'],
+    [spread, 'LeaderWorkerSet'],
   ] as const) {
-    for (const pod of podTemplates([find(objects, kind, NAME)])) {
+    for (const pod of podTemplates([find(objects!, kind, NAME)])) {
       const shm = pod.spec.volumes!.find(({ name }) => name === 'shm');
       assert.deepEqual(shm, { name: 'shm', emptyDir: { medium: 'Memory', sizeLimit: '3Gi' } });
       const ranks = containersOf(pod).filter(({ name }) => name.startsWith('rank'));
@@ -259,8 +267,10 @@ void test(
 );
 
 void test('an engine drains within its grace period, and its ranks outlast it', { skip }, () => {
-  for (const values of [{}, { workload: 'StatefulSet' }, { tp: 4, nodes: 2 }]) {
-    const objects = only({ ...values, terminationGracePeriodSeconds: 90 });
+  const kinds = [{}, { workload: 'StatefulSet' }, { tp: 4, nodes: 2 }];
+  for (const objects of each(
+    ...kinds.map((values) => ({ ...values, terminationGracePeriodSeconds: 90 })),
+  )) {
     const pods = podTemplates(objects.filter(({ metadata }) => metadata.name === NAME));
     for (const pod of pods) {
       assert.equal(pod.spec.terminationGracePeriodSeconds, 90);
@@ -326,18 +336,20 @@ void test(
   'KEDA scales what holds the Pods, and asks for the name that requests use',
   { skip },
   () => {
-    for (const [fields, apiVersion, kind] of [
+    const targets = [
       [{}, 'apps/v1', 'Deployment'],
       [{ workload: 'StatefulSet' }, 'apps/v1', 'StatefulSet'],
       [{ workload: 'LeaderWorkerSet' }, 'leaderworkerset.x-k8s.io/v1', 'LeaderWorkerSet'],
       [{ tp: 4, nodes: 2 }, 'leaderworkerset.x-k8s.io/v1', 'LeaderWorkerSet'],
-    ] as const) {
-      const objects = only({
-        ...fields,
-        servedModelName: 'meta/llama',
-        replicas: 7,
-        autoscaling: { enabled: true, minReplicas: 0, maxReplicas: 5, targetSeconds: 12.5 },
-      });
+    ] as const;
+    const sets = targets.map(([fields]) => ({
+      ...fields,
+      servedModelName: 'meta/llama',
+      replicas: 7,
+      autoscaling: { enabled: true, minReplicas: 0, maxReplicas: 5, targetSeconds: 12.5 },
+    }));
+    for (const [i, objects] of each(...sets).entries()) {
+      const [, apiVersion, kind] = targets[i]!;
       const scaled = find(objects, 'ScaledObject', NAME);
       assert.deepEqual(at(scaled, 'spec.scaleTargetRef'), { apiVersion, kind, name: NAME });
       assert.equal(at(scaled, 'spec.minReplicaCount'), 0);

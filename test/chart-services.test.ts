@@ -1,8 +1,24 @@
 /** What the chart makes of gateways and Redis, and who may talk to whom. */
 import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
 import { test } from 'node:test';
-import { at, find, podOf, podTemplates, render, skipWithoutHelm, type Manifest } from './chart.js';
+import { Redis } from 'ioredis';
+import {
+  at,
+  find,
+  podOf,
+  podTemplates,
+  render,
+  renderAll,
+  skipWithoutHelm,
+  type Manifest,
+} from './chart.js';
 import { severalModels } from './chart-values.js';
+import { freePort } from './redis-server.js';
 
 const skip = skipWithoutHelm;
 
@@ -14,8 +30,49 @@ void test('a gateway takes requests until it is out of the Service, then drains'
   assert.ok(gateway!.args.includes('--drain-timeout=200'));
   assert.ok(spec.terminationGracePeriodSeconds >= 207);
   assert.equal(gateway!.livenessProbe!.httpGet!.path, '/livez');
-  // /readyz fails without engines: at zero engines no job could come, and none would ever start.
-  assert.equal(gateway!.readinessProbe!.httpGet!.path, '/v1/models');
+  // By itself it fails without engines: at zero engines no job could come, and none would ever start.
+  assert.equal(gateway!.readinessProbe!.httpGet!.path, '/readyz?engines=optional');
+});
+
+void test('HTTPS ends at the Ingress, at the gateway, or at both', { skip }, () => {
+  const ingress = { enabled: true, host: 'llama.example', tlsSecretName: 'outer' };
+  const monitoring = { serviceMonitor: { enabled: true } };
+  const [outer, inner] = renderAll([
+    { gateway: { ingress }, monitoring },
+    { gateway: { https: { secretName: 'own' } }, monitoring },
+  ]);
+  const spec = find(outer!, 'Ingress', 'llama-gateway').spec;
+  assert.deepEqual(at(spec, 'tls'), [{ hosts: ['llama.example'], secretName: 'outer' }]);
+  assert.equal(at(spec, 'rules.0.host'), 'llama.example');
+  const port = at(spec, 'rules.0.http.paths.0.backend.service');
+  assert.deepEqual(port, { name: 'llama-gateway', port: { name: 'http' } });
+  for (const [objects, scheme] of [
+    [outer!, 'HTTP'],
+    [inner!, 'HTTPS'],
+  ] as const) {
+    const [gateway] = podOf(objects, 'Deployment', 'llama-gateway').spec.containers;
+    const { startupProbe, livenessProbe, readinessProbe } = gateway!;
+    for (const probe of [startupProbe, livenessProbe, readinessProbe]) {
+      assert.equal(at(probe, 'httpGet.scheme'), scheme);
+    }
+    const monitor = find(objects, 'ServiceMonitor', 'llama-gateway');
+    const isHttps = scheme === 'HTTPS';
+    assert.equal(at(monitor, 'spec.endpoints.0.scheme'), isHttps ? 'https' : undefined);
+    const files = gateway!.args.filter((arg) => arg.startsWith('--https-'));
+    const mounted = gateway!.volumeMounts!.find(({ name }) => name === 'https');
+    assert.deepEqual(
+      files,
+      isHttps
+        ? ['cert=/etc/caravan/https/tls.crt', 'key=/etc/caravan/https/tls.key'].map(
+            (file) => `--https-${file}`,
+          )
+        : [],
+    );
+    assert.equal(mounted?.mountPath, isHttps ? '/etc/caravan/https' : undefined);
+  }
+  const { volumes } = podOf(inner!, 'Deployment', 'llama-gateway').spec;
+  const secret = volumes!.find(({ name }) => name === 'https');
+  assert.deepEqual(at(secret, 'secret'), { secretName: 'own', defaultMode: 0o440 });
 });
 
 void test(
@@ -72,6 +129,41 @@ void test('Redis of the release keeps jobs, and nothing else may be asked of it'
     assert.equal(url, 'redis://:$(REDIS_PASSWORD)@llama-redis:6379');
   }
 });
+
+void test(
+  'a real Redis takes its arguments, keeps jobs, and is not closed to other Pods',
+  { skip },
+  async () => {
+    const { args } = podOf(render({}), 'StatefulSet', 'llama-redis').spec.containers[0]!;
+    const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-redis-'));
+    const port = await freePort();
+    const own = args.map((arg) => (arg === '/data' ? folder : arg));
+    const child = spawn('redis-server', [...own, '--port', String(port)], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    const gone = once(child, 'exit');
+    try {
+      let said = '';
+      for await (const chunk of child.stdout.setEncoding('utf8')) {
+        said += String(chunk);
+        if (said.includes('Ready to accept connections')) break;
+      }
+      assert.match(said, /Ready to accept connections/);
+      const redis = new Redis(port);
+      const setting = async (name: string): Promise<unknown> =>
+        (await redis.config('GET', name))[1];
+      assert.equal(await setting('protected-mode'), 'no');
+      assert.equal(await setting('appendonly'), 'yes');
+      assert.equal(await setting('maxmemory-policy'), 'noeviction');
+      assert.equal(await setting('save'), '');
+      redis.disconnect();
+    } finally {
+      child.kill();
+      await gone;
+      fs.rmSync(folder, { recursive: true });
+    }
+  },
+);
 
 void test('files of an external Redis are mounted where its URL names them', { skip }, () => {
   const url = 'rediss+sentinel://a:26379/main?ca=/etc/caravan/redis/ca.crt';
@@ -175,6 +267,12 @@ void test('only those talk to each other that must', { skip }, () => {
   assert.deepEqual(at(keda, '1.from.0.namespaceSelector.matchLabels'), {
     'kubernetes.io/metadata.name': 'keda',
   });
+  const [closed] = renderAll([
+    { networkPolicy: { monitoringFrom: [], kedaFrom: [] }, models: [{ name: 'one' }] },
+  ]);
+  // An empty list of peers would be everybody.
+  assert.equal((ingressOf(closed!, 'llama-gateway') as unknown[]).length, 1);
+  assert.equal(ingressOf(closed!, 'llama-engine-one'), undefined);
   // Ranks of one Pod are on its loopback interface: nobody else comes in but for metrics.
   const single = ingressOf(objects, 'llama-engine-one') as unknown[];
   assert.equal(single.length, 1);

@@ -4,13 +4,14 @@ import { spawnSync } from 'node:child_process';
 import path from 'node:path';
 import { test } from 'node:test';
 import { packageRoot } from '../coordinator/package-root.js';
-import { refusal, skipWithoutHelm } from './chart.js';
+import { refusal, schemaRefusals, skipWithoutHelm } from './chart.js';
 
 const model = (fields: object): object => ({ models: [{ name: 'm', ...fields }] });
 
-/** Wrong values, and what must be said of them. */
-const wrong: readonly (readonly [object, RegExp])[] = [
-  // The schema: names, types, bounds.
+type Refused = readonly (readonly [object, RegExp])[];
+
+/** Values that the schema refuses by names, types and bounds, and what must be said of them. */
+const malformed: Refused = [
   [{ gatway: {} }, /additional properties 'gatway' not allowed/],
   [{ gateway: { replica: 1 } }, /at '\/gateway': additional properties 'replica' not allowed/],
   [{ gateway: { replicas: -1 } }, /at '\/gateway\/replicas': minimum: got -1, want 0/],
@@ -29,7 +30,10 @@ const wrong: readonly (readonly [object, RegExp])[] = [
   [model({ source: { pull: { cache: { mode: 1 } } } }), /additional properties 'mode' not allowed/],
   [{ engine: { workload: 'DaemonSet' } }, /at '\/engine\/workload': value must be one of/],
   [{ monitoring: { prometheusRule: { errorRatio: 5 } } }, /errorRatio': maximum: got 5, want 1/],
-  // What only the templates can see: relations.
+];
+
+/** Relations that only the templates can see. */
+const contradictory: Refused = [
   [{ models: [{ name: 'a' }, { name: 'a' }] }, /models: a: two models have this name/],
   [model({ tp: 3, nodes: 2 }), /models: m: tp 3 cannot be spread evenly over 2 nodes/],
   [model({ gpuDirect: true }), /models: m: gpuDirect needs device cuda/],
@@ -46,6 +50,7 @@ const wrong: readonly (readonly [object, RegExp])[] = [
   [model({ autoscaling: { minReplicas: 9 } }), /models: m: autoscaling\.minReplicas is above max/],
   [{ redis: { external: { url: 'redis://x' } } }, /redis: either enabled, or external\.url/],
   [{ redis: { enabled: false } }, /redis: with enabled false, external\.url or/],
+  [{ gateway: { ingress: { tlsSecretName: 'tls' } } }, /gateway\.ingress\.host must name the host/],
   [{ gateway: { files: { kind: 's3' } } }, /gateway\.files\.url must be s3:/],
   [{ gateway: { files: { kind: 'claim' } } }, /gateway\.files\.claimName must name/],
   [
@@ -58,7 +63,15 @@ void test(
   'wrong values are refused, and helm says which and why',
   { skip: skipWithoutHelm },
   () => {
-    for (const [values, line] of wrong) assert.match(refusal(values), line, JSON.stringify(values));
+    const said = schemaRefusals(malformed.map(([values]) => values));
+    for (const [i, [values, line]] of malformed.entries()) {
+      assert.match(said[i]!, line, JSON.stringify(values));
+    }
+    // By itself it is refused, too.
+    assert.match(refusal(malformed[0]![0]), malformed[0]![1]);
+    for (const [values, line] of contradictory) {
+      assert.match(refusal(values), line, JSON.stringify(values));
+    }
   },
 );
 

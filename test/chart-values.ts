@@ -85,6 +85,20 @@ const switches: readonly Variant[] = [
       deletionCost: { ownPodOnly: true },
     },
   },
+  {
+    title: 'network policies that let in nobody but those of the release',
+    values: {
+      networkPolicy: { monitoringFrom: [], kedaFrom: [] },
+      models: [{ name: 'm' }, { name: 'wide', tp: 4, nodes: 2 }],
+    },
+  },
+  {
+    title: 'gateways that serve HTTPS, behind an Ingress for all hosts',
+    values: {
+      gateway: { https: { secretName: 'https' }, ingress: { enabled: true } },
+      ...watched(),
+    },
+  },
   { title: 'everything watched', values: watched() },
   {
     title: 'names, labels and pull secrets',

@@ -1,8 +1,9 @@
 /** The Helm chart, rendered by helm itself, and its objects checked as an API server would. */
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
-import { parseAllDocuments, stringify } from 'yaml';
+import { parseDocument, stringify } from 'yaml';
 import { packageRoot } from '../coordinator/package-root.js';
 
 export const chartFolder = path.join(packageRoot, 'helm/caravan');
@@ -112,30 +113,83 @@ export function helm(args: readonly string[], input = ''): HelmRun {
 }
 
 /** `helm template` of a release `llama` in namespace `prod`. */
-export const renderRaw = (values: object): HelmRun =>
-  helm(
-    ['template', 'llama', chartFolder, '--namespace', 'prod', '--values', '-'],
-    stringify(values),
-  );
+const template = (chart: string, values: object): HelmRun =>
+  helm(['template', 'llama', chart, '--namespace', 'prod', '--values', '-'], stringify(values));
+
+/** Objects by their text: most sets of values share most of their objects. */
+const parsed = new Map<string, Manifest | null>();
+
+function parseObject(text: string): Manifest | null {
+  const known = parsed.get(text);
+  if (known !== undefined) return known;
+  const document = parseDocument(text);
+  const [problem] = document.errors;
+  if (problem !== undefined) throw problem;
+  const object = document.toJS() as Manifest | null;
+  parsed.set(text, object);
+  return object;
+}
+
+/** Each object that helm printed, with the file that it says it is of. */
+function objectsOf(stdout: string): { readonly source: string; readonly object: Manifest }[] {
+  return stdout.split(/^---\n/m).flatMap((text) => {
+    const [, source = '', yaml = ''] = /^# Source: (.*)\n([^]*)$/.exec(text) ?? [];
+    const object = parseObject(yaml);
+    return object === null ? [] : [{ source, object }];
+  });
+}
 
 /** All objects that these values give. @throws Error with helm's own words. */
 export function render(values: object): Manifest[] {
-  const { status, stdout, stderr } = renderRaw(values);
+  const { status, stdout, stderr } = template(chartFolder, values);
   if (status !== 0) throw new Error(`helm template: ${stderr}`);
-  return parseAllDocuments(stdout)
-    .map((document) => {
-      const [problem] = document.errors;
-      if (problem !== undefined) throw problem;
-      return document.toJS() as Manifest | null;
-    })
-    .filter((object) => object !== null);
+  return objectsOf(stdout).map(({ object }) => object);
+}
+
+/**
+ * One run of helm over many sets of values: each is a dependency of one chart, as in a chart of somebody who uses ours.
+ */
+function templateTogether(sets: readonly object[]): HelmRun {
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-sets-'));
+  try {
+    fs.cpSync(chartFolder, path.join(folder, 'charts/caravan'), { recursive: true });
+    const names = sets.map((_, i) => `set${i}`);
+    const dependencies = names.map((alias) => ({ name: 'caravan', version: '*', alias }));
+    const chart = { apiVersion: 'v2', name: 'sets', version: '0.1.0', dependencies };
+    fs.writeFileSync(path.join(folder, 'Chart.yaml'), stringify(chart));
+    return template(folder, Object.fromEntries(names.map((name, i) => [name, sets[i]])));
+  } finally {
+    fs.rmSync(folder, { recursive: true });
+  }
+}
+
+/** `render` of each set, in a fraction of the time. */
+export function renderAll(sets: readonly object[]): Manifest[][] {
+  const { status, stdout, stderr } = templateTogether(sets);
+  if (status !== 0) throw new Error(`helm template: ${stderr}`);
+  const objects = sets.map((): Manifest[] => []);
+  // A dependency's own name is the one that it has there.
+  for (const { source, object } of objectsOf(stdout.replaceAll(/: set\d+-/g, ': caravan-'))) {
+    objects[Number(/^sets\/charts\/set(\d+)\//.exec(source)![1])]!.push(object);
+  }
+  return objects;
 }
 
 /** What helm says of values that it refuses. */
 export function refusal(values: object): string {
-  const { status, stderr } = renderRaw(values);
+  const { status, stderr } = template(chartFolder, values);
   if (status === 0) throw new Error('helm took these values');
   return stderr;
+}
+
+/** What the chart's schema says of each set, in one run; empty where it takes one. */
+export function schemaRefusals(sets: readonly object[]): string[] {
+  const { stderr } = templateTogether(sets);
+  const said = stderr.split(/^(set\d+):\n/m);
+  return sets.map((_, i) => {
+    const at = said.indexOf(`set${i}`);
+    return at === -1 ? '' : said[at + 1]!;
+  });
 }
 
 /** The one object of this kind and name. */

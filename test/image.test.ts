@@ -1,28 +1,51 @@
-/** deploy/Dockerfile builds, and what it builds answers a chat as a user without rights, over a read-only root. */
+/**
+ * deploy/Dockerfile builds, and what it builds answers a chat as a user without rights, over a read-only root.
+ * deploy/cuda.Dockerfile builds on it, with ONNX Runtime's CUDA provider where ranks look for it.
+ */
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { Image, initOf, skipWithoutBuildah, type Container } from './image.js';
+import {
+  initOf,
+  npmSettings,
+  pipSettings,
+  skipWithoutBuildah,
+  Workshop,
+  type Container,
+  type Image,
+} from './image.js';
 import { descendants } from './up-process.js';
 import { freePort, startRedis } from './redis-server.js';
 
 const skip =
   process.env['CARAVAN_LONG'] === '1' ? skipWithoutBuildah : 'builds for minutes: long form only';
 
+let workshop: Workshop | null = null;
+after(() => {
+  workshop?.close();
+});
+let cpuImage: Image | null = null;
+
 void test('an image is built that answers a chat without any rights', { skip }, async (context) => {
-  const image = Image.build('deploy/Dockerfile');
+  workshop = Workshop.open();
+  const image = workshop.build(
+    'deploy/Dockerfile',
+    'caravan',
+    { BASE: workshop.base },
+    { npmrc: npmSettings() },
+  );
+  cpuImage = image;
   const sharedMemory = fs.mkdtempSync('/dev/shm/caravan-image-');
   const files = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-files-'));
   const redis = await startRedis();
   const containers: Container[] = [];
-  after(async () => {
+  context.after(async () => {
     await Promise.all(containers.map((container) => container.stop('SIGKILL')));
     await redis.stop();
     for (const folder of [sharedMemory, files]) fs.rmSync(folder, { recursive: true });
-    image.remove();
   });
   fs.chmodSync(sharedMemory, 0o1777);
 
@@ -91,3 +114,49 @@ void test('an image is built that answers a chat without any rights', { skip }, 
   const megabytes = Math.round(image.byteCount / 1e6);
   context.diagnostic(`the image has ${megabytes} MB, its base included`);
 });
+
+void test(
+  'the image for GPUs has the provider where ranks look, and says what it lacks where no GPU is',
+  { skip },
+  async (context) => {
+    assert.ok(workshop !== null && cpuImage !== null, 'there is no image to build it on');
+    // Neither Python's nor NVIDIA's image can be had everywhere: CUDA's own libraries are missing in the stand-in.
+    const pip = '#!/bin/sh\nexec python3 "$(ls /usr/share/python-wheels/pip-*.whl)/pip" "$@"\n';
+    const packages = ['python3', 'python3-pip-whl'];
+    const python = workshop.extend('python', packages, { 'usr/local/bin/pip': pip });
+    const image = workshop.build(
+      'deploy/cuda.Dockerfile',
+      'caravan-cuda',
+      { CARAVAN: cpuImage.name, PYTHON: python, CUDA: workshop.base },
+      { pip: pipSettings() },
+    );
+    assert.equal(image.config.User, cpuImage.config.User);
+    assert.deepEqual(image.config.Entrypoint, cpuImage.config.Entrypoint);
+    const sharedMemory = fs.mkdtempSync('/dev/shm/caravan-image-');
+    fs.chmodSync(sharedMemory, 0o1777);
+    context.after(() => {
+      fs.rmSync(sharedMemory, { recursive: true });
+    });
+    const run = async (...command: string[]): Promise<string> => {
+      const container = image.run(command, sharedMemory);
+      await once(container.process, 'exit');
+      return container.log();
+    };
+    const said = await run(
+      'dist/coordinator/cli/main.js',
+      'doctor',
+      '--device',
+      'cuda',
+      '--tp',
+      '1',
+    );
+    context.diagnostic(said);
+    // The provider itself is there and was opened: what it needs of CUDA is what is missing.
+    assert.match(said, /FAIL .*cuda:0/);
+    assert.match(said, /libonnxruntime_providers_cuda\.so/);
+    assert.doesNotMatch(said, /libonnxruntime_providers_cuda\.so: cannot open/);
+    assert.match(said, /lib(cu\w+|nv\w+)\.so\.\d+: cannot open shared object file/);
+    const megabytes = Math.round(image.byteCount / 1e6);
+    context.diagnostic(`the image has ${megabytes} MB without CUDA's own libraries`);
+  },
+);

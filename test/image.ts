@@ -38,64 +38,139 @@ export interface Container {
   ) => Promise<{ code: number | null; signal: string | null }>;
 }
 
-/** A built image, unpacked. */
-export class Image {
-  readonly config: ImageConfig;
-  readonly health: readonly string[];
+/**
+ * Where images are built: buildah's store in a folder of its own, and a stand-in for Node's image. Layers are overlays
+ * where the kernel has them here, else copies.
+ */
+export class Workshop {
   readonly #folder: string;
-  readonly #root: string;
+  readonly #driver: 'overlay' | 'vfs';
+  /** The stand-in's name. */
+  readonly base: string;
 
-  private constructor(
-    folder: string,
-    root: string,
-    config: ImageConfig,
-    health: readonly string[],
-  ) {
+  private constructor(folder: string) {
     this.#folder = folder;
-    this.#root = root;
-    this.config = config;
-    this.health = health;
+    this.#driver = hasOverlays(folder) ? 'overlay' : 'vfs';
+    this.base = makeStandIn(folder, (args) => this.#buildah(args));
   }
 
-  /** Builds the stand-in and the image, and unpacks it. Takes a minute or two. */
-  static build(dockerfile: string): Image {
+  /** Makes the stand-in. Takes half a minute. */
+  static open(): Workshop {
     const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-image-'));
-    const buildah = (args: readonly string[]): string => {
-      const store = ['--root', path.join(folder, 'store'), '--runroot', path.join(folder, 'run')];
-      return execFileSync('buildah', ['--storage-driver', 'vfs', ...store, ...args], {
+    try {
+      return new Workshop(folder);
+    } catch (error) {
+      fs.rmSync(folder, { recursive: true, force: true });
+      throw error;
+    }
+  }
+
+  /**
+   * Builds an image of these arguments and secrets (contents by id), and unpacks it.
+   *
+   * @throws Error with all that the build said.
+   */
+  build(
+    dockerfile: string,
+    tag: string,
+    args: Readonly<Record<string, string>>,
+    secrets: Readonly<Record<string, string>>,
+  ): Image {
+    const secretArgs = Object.entries(secrets).flatMap(([id, content]) => {
+      const file = path.join(this.#folder, id);
+      fs.writeFileSync(file, content);
+      return ['--secret', `id=${id},src=${file}`];
+    });
+    const name = `localhost/${tag}`;
+    this.#buildah([
+      ...bud,
+      ...['--format', 'docker'],
+      ...Object.entries(args).flatMap(([key, value]) => ['--build-arg', `${key}=${value}`]),
+      ...secretArgs,
+      ...['--ignorefile', path.join(packageRoot, `${dockerfile}.dockerignore`)],
+      ...['--file', path.join(packageRoot, dockerfile), '--tag', name, packageRoot],
+    ]);
+    const container = this.#buildah(['from', '--pull-never', name]);
+    const { Docker } = JSON.parse(this.#buildah(['inspect', container])) as {
+      Docker: { config: ImageConfig & { Healthcheck?: { Test: string[] } } };
+    };
+    const { Healthcheck, ...config } = Docker.config;
+    const root = this.#buildah(['mount', container]);
+    return new Image(name, root, config, Healthcheck?.Test ?? []);
+  }
+
+  /** The stand-in with more of Debian's packages and more programs, by their paths. @returns its name. */
+  extend(
+    tag: string,
+    packages: readonly string[],
+    programs: Readonly<Record<string, string>>,
+  ): string {
+    const context = fs.mkdtempSync(path.join(this.#folder, 'context-'));
+    for (const [place, text] of Object.entries(programs)) {
+      const file = path.join(context, 'root', place);
+      fs.mkdirSync(path.dirname(file), { recursive: true });
+      fs.writeFileSync(file, text, { mode: 0o755 });
+    }
+    const install = `apt-get install -y -qq --no-install-recommends ${packages.join(' ')}`;
+    const run = `RUN apt-get update -qq && ${install} >/dev/null`;
+    const lines = [`FROM ${this.base}`, run, 'COPY root /', ''];
+    const file = path.join(context, 'Dockerfile');
+    fs.writeFileSync(file, lines.join('\n'));
+    this.#buildah([...bud, '--file', file, '--tag', `localhost/${tag}`, context]);
+    return `localhost/${tag}`;
+  }
+
+  /** Removes all that was built; nothing of it may run any more. */
+  close(): void {
+    this.#buildah(['umount', '--all']);
+    fs.rmSync(this.#folder, { recursive: true, force: true });
+  }
+
+  #buildah(args: readonly string[]): string {
+    const [root, run] = ['store', 'run'].map((name) => path.join(this.#folder, name));
+    const store = ['--storage-driver', this.#driver, '--root', root!, '--runroot', run!];
+    try {
+      return execFileSync('buildah', [...store, ...args], {
         encoding: 'utf8',
         stdio: ['ignore', 'pipe', 'pipe'],
         maxBuffer: 64 * 1024 * 1024,
       }).trim();
-    };
-    try {
-      const base = makeStandIn(folder, buildah);
-      const npmrc = path.join(folder, 'npmrc');
-      fs.writeFileSync(npmrc, npmSettings());
-      const bud = ['bud', '--quiet', '--isolation', 'chroot', '--pull-never', '--format', 'docker'];
-      buildah([
-        ...bud,
-        ...['--build-arg', `BASE=${base}`, '--secret', `id=npmrc,src=${npmrc}`],
-        ...['--ignorefile', path.join(packageRoot, `${dockerfile}.dockerignore`)],
-        ...[
-          '--file',
-          path.join(packageRoot, dockerfile),
-          '--tag',
-          'localhost/caravan',
-          packageRoot,
-        ],
-      ]);
-      const container = buildah(['from', '--pull-never', 'localhost/caravan']);
-      const { Docker } = JSON.parse(buildah(['inspect', container])) as {
-        Docker: { config: ImageConfig & { Healthcheck?: { Test: string[] } } };
-      };
-      const { Healthcheck, ...config } = Docker.config;
-      return new Image(folder, buildah(['mount', container]), config, Healthcheck?.Test ?? []);
     } catch (error) {
-      fs.rmSync(folder, { recursive: true, force: true });
       const { stderr } = error as { stderr?: string };
       throw stderr === undefined ? error : new Error(stderr, { cause: error });
     }
+  }
+}
+
+const bud = ['bud', '--quiet', '--isolation', 'chroot', '--pull-never'] as const;
+
+/** Whether overlays can be mounted over this folder: its own file system may be one already. */
+function hasOverlays(folder: string): boolean {
+  const [lower, upper, work, merged] = ['lower', 'upper', 'work', 'merged'].map((name) => {
+    const place = path.join(folder, 'overlay', name);
+    fs.mkdirSync(place, { recursive: true });
+    return place;
+  });
+  const options = `lowerdir=${lower!},upperdir=${upper!},workdir=${work!}`;
+  const mounting = ['-t', 'overlay', 'overlay', '-o', options, merged!];
+  if (spawnSync('mount', mounting).status !== 0) return false;
+  execFileSync('umount', [merged!]);
+  return true;
+}
+
+/** A built image, unpacked. */
+export class Image {
+  /** For builds that start from it. */
+  readonly name: string;
+  readonly config: ImageConfig;
+  readonly health: readonly string[];
+  readonly #root: string;
+
+  constructor(name: string, root: string, config: ImageConfig, health: readonly string[]) {
+    this.name = name;
+    this.#root = root;
+    this.config = config;
+    this.health = health;
   }
 
   /** Bytes of all files. */
@@ -158,10 +233,6 @@ export class Image {
       },
     };
   }
-
-  remove(): void {
-    fs.rmSync(this.#folder, { recursive: true, force: true });
-  }
 }
 
 /** The process that unshare forked: number 1 in its namespace. */
@@ -194,15 +265,25 @@ function makeStandIn(folder: string, buildah: (args: readonly string[]) => strin
   }
   fs.writeFileSync(path.join(folder, 'StandIn'), 'FROM scratch\nCOPY stand-in /\n');
   const name = 'localhost/node-stand-in';
-  const bud = ['bud', '--quiet', '--isolation', 'chroot', '--pull-never'];
   buildah([...bud, '--file', path.join(folder, 'StandIn'), '--tag', name, folder]);
   fs.rmSync(root, { recursive: true });
   return name;
 }
 
 /** npm's settings of this machine, as a secret of the build. */
-function npmSettings(): string {
+export function npmSettings(): string {
   const file = path.join(os.homedir(), '.npmrc');
   const own = fs.existsSync(file) ? fs.readFileSync(file, 'utf8') : '';
   return `${own}\ncafile=/etc/ssl/certs/ca-certificates.crt\n`;
+}
+
+/** pip's settings of this machine, as a secret of the build. */
+export function pipSettings(): string {
+  const { error, stdout } = spawnSync('pip', ['config', 'list'], { encoding: 'utf8' });
+  // Without pip here there is nothing to take over.
+  const listed = error === undefined ? stdout : '';
+  const own = [...listed.matchAll(/^[^.]*\.((?:extra-)?index-url|default-timeout)='(.*)'$/gm)].map(
+    ([, key, value]) => `${key!} = ${value!}`,
+  );
+  return ['[global]', ...own, 'cert = /etc/ssl/certs/ca-certificates.crt', ''].join('\n');
 }

@@ -14,6 +14,7 @@ import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
 import { ExternalScalerClient } from '../proto/gen/externalscaler.js';
 import { linkSecurity, type LinkSecurity } from '../proto/link-security.js';
 import { Authority, type Leaf } from './certificates.js';
+import { cleanEnvironment } from './environment.js';
 
 const limit = { timeout: 90_000 };
 const authority = new Authority();
@@ -31,7 +32,10 @@ const children: ChildProcess[] = [];
 after(() => {
   for (const child of children) child.kill('SIGKILL');
 });
-async function startRank(security: LinkSecurity | null): Promise<string> {
+async function startRank(
+  security: LinkSecurity | null,
+  env: NodeJS.ProcessEnv = {},
+): Promise<string> {
   const tls =
     security === null
       ? []
@@ -44,6 +48,7 @@ async function startRank(security: LinkSecurity | null): Promise<string> {
           security.caPath,
         ];
   const child = fork(workerEntry, ['--listen', '127.0.0.1:0', '--log-level', 'silent', ...tls], {
+    env: { ...cleanEnvironment, ...env },
     stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
   });
   children.push(child);
@@ -96,6 +101,28 @@ void test(
 );
 
 void test(
+  'ranks take their certificates from the variables that coordinators take theirs from',
+  limit,
+  async () => {
+    const variables = ({ certPath, keyPath }: Leaf, more: NodeJS.ProcessEnv = {}) => ({
+      ...{ CARAVAN_TLS_CERT: certPath, CARAVAN_TLS_KEY: keyPath, CARAVAN_TLS_CA: own.caPath },
+      ...more,
+    });
+    // Of the two the second knows its peers by one name, as all Pods of a release do.
+    const names = [{}, { CARAVAN_TLS_SERVER_NAME: 'localhost' }];
+    const addresses = await Promise.all(
+      names.map((more, i) => startRank(null, variables(authority.leaf(`rank-${i}`), more))),
+    );
+    (await connect(addresses, own)).close();
+    assert.match(await refusal(addresses, null), /it asks for TLS, and --tls-cert is not given$/);
+    // A flag wins, and a variable that is set to nothing says nothing.
+    const stray = variables(stranger.leaf('stray'), { CARAVAN_TLS_SERVER_NAME: '' });
+    const flagged = await startRank(leafOf(authority.leaf('flagged')), stray);
+    (await connect([flagged], own)).close();
+  },
+);
+
+void test(
   'a coordinator with another, an expired or no certificate is refused, and says why',
   limit,
   async () => {
@@ -142,6 +169,7 @@ void test('the scaler lets in only who has a certificate', limit, async () => {
     {
       card: () => Promise.resolve(null),
       engines: () => Promise.resolve([]),
+      loadingEngines: () => Promise.resolve([]),
       rememberedSpeeds: () => Promise.resolve([]),
     },
   );

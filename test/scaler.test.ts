@@ -5,8 +5,10 @@ import { after, test } from 'node:test';
 import { credentials, type ServiceError } from '@grpc/grpc-js';
 import { Queue } from 'bullmq';
 import { Redis } from 'ioredis';
+import { EngineHealth } from '../coordinator/engine-health.js';
 import { capacityOf, EngineSpeed } from '../coordinator/engine-speed.js';
 import { newJobId } from '../coordinator/journal.js';
+import { LoadingSign } from '../coordinator/loading-sign.js';
 import { JobTaker, queueName } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
 import { METRIC_NAME } from '../coordinator/scaler.js';
@@ -162,6 +164,64 @@ void test('seconds follow what engines can under load, also of engines that were
   assert.equal(await seconds(), tokens / 60);
   await store.retire(card.name, 'idle');
   assert.equal(await seconds(), tokens / 60);
+});
+
+void test('while a group loads nobody is taken away, and an engine is counted once', async () => {
+  const model = 'loading';
+  const metadata = { model, targetSeconds: '20', tokensPerSecond: '10' };
+  await store.publishCard({ ...card, name: model });
+  const beat = { model, active: 0, slots: 4, tp: 1 };
+  await store.beat({ ...beat, engineId: 'pod-a-00000001' });
+  assert.equal(await isActive(metadata), false);
+  assert.equal(await seconds(metadata), 0);
+  await store.beatLoading(model, 'pod-b-00000002');
+  assert.equal(await isActive(metadata), true);
+  assert.equal(await seconds(metadata), 40, 'two engines, at the target of each');
+  // What one Pod's engine of before has left is not one more; nor is one that drains.
+  await store.beatLoading(model, 'pod-a-00000003');
+  await store.beat({ ...beat, engineId: 'pod-c-00000004', isDraining: true });
+  assert.equal(await seconds(metadata), 40);
+  // They serve: their beat may come before the end of their loading.
+  for (const engineId of ['pod-a-00000003', 'pod-b-00000002'])
+    await store.beat({ ...beat, engineId });
+  assert.equal(await seconds(metadata), 0);
+  for (const id of ['pod-a-00000003', 'pod-b-00000002']) await store.endLoading(model, id);
+  assert.deepEqual(await store.loadingEngines(model), []);
+  assert.equal(await isActive(metadata), false);
+  for (const id of ['a-00000001', 'a-00000003', 'b-00000002', 'c-00000004']) {
+    await store.retire(model, `pod-${id}`);
+  }
+});
+
+void test('a group says that it loads for as long as its weights move, and no longer', async () => {
+  let nowMs = 0;
+  const size = { tp: 2, slots: 1, kvPositions: 512 };
+  const health = new EngineHealth(size, 1000, () => nowMs);
+  const sign = new LoadingSign(store, 'm', 'pod-00000001', health);
+  after(() => {
+    sign.close();
+  });
+  const said = async (): Promise<boolean> => {
+    await sign.look();
+    return (await store.loadingEngines('m')).length === 1;
+  };
+  assert.equal(await said(), false);
+  health.rankReached(0);
+  assert.equal(await said(), false, 'it waits for a rank');
+  health.rankReached(1);
+  assert.equal(await said(), true);
+  nowMs = 1500;
+  assert.equal(await said(), false, 'nothing moves');
+  health.rankLoading(0, 10, 20);
+  assert.equal(await said(), true);
+  health.serve(() => ({ sequences: 0, slotsUsed: 0, kvPositionsUsed: 0, unmovedMs: 0 }));
+  assert.equal(await said(), false);
+  health.wait();
+  health.rankReached(0);
+  health.rankReached(1);
+  assert.equal(await said(), true, 'again, after a rank was lost');
+  health.drain();
+  assert.equal(await said(), false);
 });
 
 void test('a model that no engine has served yet asks for its first one', async () => {

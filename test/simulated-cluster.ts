@@ -62,6 +62,7 @@ class SimEngine {
     this.freeSlots = Array.from({ length: model.slots }, (_, slot) => slot);
     const size = { tp: 1, slots: model.slots, kvPositions: model.slots * model.maxSeqLen };
     this.health = new EngineHealth(size, Infinity, () => 0);
+    this.health.rankReached(0);
   }
 
   get canTake(): boolean {
@@ -85,6 +86,8 @@ export interface Outcome {
   readonly mostEngines: number;
   /** Jobs that were moved by draining. */
   readonly moved: number;
+  /** Groups that were taken away while they loaded. */
+  readonly lostLoads: number;
   /** (samples) every few seconds: time, arrivals a second, jobs that wait, engines that exist, engines that serve. */
   readonly samples: readonly (readonly [number, number, number, number, number])[];
 }
@@ -112,6 +115,7 @@ export class SimulatedCluster {
   #random = 1;
   #arrived = 0;
   #moved = 0;
+  #lostLoads = 0;
   #engineSeconds = 0;
   #roundTrips = 0;
   #wantedS: number | null = null;
@@ -144,6 +148,12 @@ export class SimulatedCluster {
       {
         card: () => Promise.resolve(card),
         engines: () => Promise.resolve(this.#beats()),
+        loadingEngines: () =>
+          Promise.resolve(
+            this.#engines.flatMap(({ id, health }) =>
+              health.phase === 'loading' && !health.isDraining ? [String(id)] : [],
+            ),
+          ),
         rememberedSpeeds: () =>
           Promise.resolve(
             [...this.#remembered].map(([sequences, tokensPerSecond]): Speed => ({
@@ -180,7 +190,9 @@ export class SimulatedCluster {
         for (const speed of speeds) this.#remembered.set(speed.sequences, speed.tokensPerSecond);
         const { slots } = engine.model;
         const active = engine.sequences.length;
-        return { model: MODEL, engineId: String(engine.id), active, slots, tp: 1, speeds };
+        const { isDraining } = engine.health;
+        const engineId = String(engine.id);
+        return { model: MODEL, engineId, active, slots, tp: 1, speeds, isDraining };
       });
   }
 
@@ -228,8 +240,13 @@ export class SimulatedCluster {
     while (this.pods < pods) this.#start();
     while (this.pods > pods) {
       const candidates = this.#engines.filter((engine) => !engine.health.isDraining);
-      const costs = candidates.map((engine) => deletionCost(engine.health));
-      this.#drain(candidates[costs.indexOf(Math.min(...costs))]!);
+      // As a ReplicaSet does: Pods that are not ready first, then by cost.
+      const unready = candidates.filter(({ health }) => health.phase !== 'serving');
+      const first = unready.length > 0 ? unready : candidates;
+      const costs = first.map((engine) => deletionCost(engine.health));
+      const chosen = first[costs.indexOf(Math.min(...costs))]!;
+      if (chosen.health.phase !== 'serving') this.#lostLoads += 1;
+      this.#drain(chosen);
     }
   }
 
@@ -361,6 +378,7 @@ export class SimulatedCluster {
       coldStartS: this.#coldStartS,
       mostEngines: this.#most,
       moved: this.#moved,
+      lostLoads: this.#lostLoads,
       samples: this.#samples,
     };
   }

@@ -10,7 +10,7 @@ import type { Device } from './device.js';
 import { HostDevice } from './host-device.js';
 import { Ort } from './ort.js';
 import { serveHealth } from './health-port.js';
-import { linkSecurity } from '../proto/link-security.js';
+import { linkSecurity, withLinkVariables } from '../proto/link-security.js';
 import { RankServer } from './service.js';
 import { SharedSegment } from './shared-memory.js';
 
@@ -80,13 +80,16 @@ const program = new Command('caravan worker')
   )
   .option(
     '--tls-cert <file>',
-    'PEM certificate of this rank, for mutual TLS (default: plain links)',
+    'PEM certificate of this rank, for mutual TLS (default: CARAVAN_TLS_CERT, or plain links)',
   )
-  .option('--tls-key <file>', 'PEM key of --tls-cert')
-  .option('--tls-ca <file>', 'PEM certificate of the authority of all peers')
+  .option('--tls-key <file>', 'PEM key of --tls-cert (default: CARAVAN_TLS_KEY)')
+  .option(
+    '--tls-ca <file>',
+    'PEM certificate of the authority of all peers (default: CARAVAN_TLS_CA)',
+  )
   .option(
     '--tls-server-name <name>',
-    'name that certificates of peers must have (default: their address)',
+    'name that certificates of peers must have (default: CARAVAN_TLS_SERVER_NAME, or their address)',
   )
   .option('--log-level <level>', 'trace, debug, info, warn, error or silent', 'info')
   .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2));
@@ -130,7 +133,7 @@ const log = pino(
 try {
   SharedSegment.removeOrphans();
   const device = openDevice(options);
-  const server = new RankServer(device, log, linkSecurity(options));
+  const server = new RankServer(device, log, linkSecurity(withLinkVariables(options, process.env)));
   const port = await server.listen(options.listen);
   const bound = options.listen.replace(/:\d+$/, `:${port}`);
   log.info({ address: bound }, 'listening');

@@ -37,6 +37,7 @@ export function register(program: Command): void {
       'host',
       'metricsPort',
       'stallTimeout',
+      'ranksTimeout',
       'drainTimeout',
       'tlsCert',
       'tlsKey',
@@ -75,6 +76,7 @@ export function register(program: Command): void {
         ordinal: s.ordinal,
         pod: s.podDeletionCost ? podIdentity(process.env) : null,
         stallTimeoutMs: 1000 * s.stallTimeout,
+        ranksTimeoutMs: 1000 * s.ranksTimeout,
         onFace: (url) => {
           metricsUrl = url;
         },

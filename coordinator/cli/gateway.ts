@@ -3,6 +3,7 @@ import path from 'node:path';
 import type { Command } from 'commander';
 import { linkSecurity } from '../../proto/link-security.js';
 import { runGateway } from '../gateway.js';
+import { HttpCertificate } from '../http-certificate.js';
 import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
 import { defaultStateFolder } from '../state-folder.js';
 import { fileSettingNames, fileSettings } from '../file-settings.js';
@@ -25,6 +26,8 @@ export function register(program: Command): void {
       'tlsCert',
       'tlsKey',
       'tlsCa',
+      'httpsCert',
+      'httpsKey',
       ...fileSettingNames,
       'queueBoard',
       'webhookSecret',
@@ -54,6 +57,7 @@ export function register(program: Command): void {
         grpcPort,
         queueBoard,
         security: linkSecurity(s),
+        certificate: HttpCertificate.open(s),
         webhookSecret,
         webhookAllow,
         ...limits,

@@ -273,6 +273,8 @@ caravan-tiny
     # What runs then is left to the journal, and goes on in another engine.
     - --drain-timeout={{ max 1 (sub $engine.terminationGracePeriodSeconds 10) }}
     - --stall-timeout={{ int $engine.stallSeconds }}
+    # Other nodes may still fetch the image, or the model.
+    - --ranks-timeout={{ int $engine.startupSeconds }}
     {{- include "caravan.tlsArgs" (dict "root" .root "dials" true) | nindent 4 }}
     {{- if include "caravan.keepsDeletionCost" . }}
     - --pod-deletion-cost
