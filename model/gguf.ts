@@ -14,7 +14,10 @@ import { ggufTokenizerFiles } from './gguf-tokenizer.js';
 import { layerTensors } from './plan.js';
 import { wholeTensor, type TensorSource } from './stored-tensor.js';
 
-export const isGguf = (model: string): boolean => model.toLowerCase().endsWith('.gguf');
+/** By its name, or because it is a file: the other layouts are folders, and mounted files may have any name. */
+export const isGguf = (model: string): boolean =>
+  model.toLowerCase().endsWith('.gguf') ||
+  fs.statSync(model, { throwIfNoEntry: false })?.isFile() === true;
 
 /**
  * Reads the headers only, of every part.

@@ -39,6 +39,7 @@ function assertSound(outcome: Outcome, jobs: number): void {
   assert.equal(outcome.completed, jobs, 'every job ended');
   assert.ok(outcome.roundTrips >= DAYS, `0 → N → 0 ${outcome.roundTrips} times`);
   assert.ok(outcome.coldStartS <= engine.loadS + 10, `0 → 1 took ${outcome.coldStartS} s`);
+  assert.equal(outcome.lostLoads, 0, 'no group was taken away while it loaded');
 }
 
 void test('three short days of random requests: from zero and back each time, nothing lost', async () => {
@@ -69,11 +70,22 @@ void test(
     };
     const fixed = await play({ kind: 'static', engines: maxEngines });
     const work = await play({ kind: 'work', targetSeconds: 2, maxEngines });
-    const queue = await play({ kind: 'queue', jobs: 5, counts: 'waiting', maxEngines });
     assertSound(work, arrivals.length);
-    assert.ok(work.attainment >= fixed.attainment - 0.02);
+    const isGood = ({ attainment }: Outcome): boolean => attainment >= fixed.attainment - 0.02;
+    assert.ok(isGood(work));
     assert.ok(work.engineSeconds <= 0.6 * fixed.engineSeconds);
-    assert.ok(work.attainment >= queue.attainment && work.engineSeconds <= queue.engineSeconds);
-    assert.ok(work.attainment > queue.attainment || work.engineSeconds < queue.engineSeconds);
+    // KEDA's own default of 5 among them: whatever length is aimed at, it is worse, or serves worse than the goal is.
+    for (const [counts, lengths] of [
+      ['waiting', [5, 16]],
+      ['all', [12, 16, 24]],
+    ] as const) {
+      for (const jobs of lengths) {
+        const queue = await play({ kind: 'queue', jobs, counts, maxEngines });
+        const isWorse =
+          work.attainment >= queue.attainment && work.engineSeconds < queue.engineSeconds;
+        assert.ok(isWorse || !isGood(queue), `${jobs} ${counts} jobs an engine`);
+        if (jobs === 5) assert.ok(isWorse);
+      }
+    }
   },
 );

@@ -2,11 +2,15 @@
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
 import { test } from 'node:test';
 import { parse } from 'yaml';
 import { createProgram } from '../coordinator/cli/program.js';
 import { packageRoot, workerEntry } from '../coordinator/package-root.js';
+import { openCheckpoint } from '../model/checkpoint.js';
+import { ggufBytes } from './gguf-writer.js';
+import { tinyGguf } from './tiny-gguf.js';
 
 const folder = path.join(packageRoot, 'deploy');
 const read = (file: string): string => fs.readFileSync(path.join(folder, file), 'utf8');
@@ -79,6 +83,19 @@ void test('compose runs each role without rights, with health, and ranks that sh
   assert.ok(
     services['coordinator']!.command.includes(`--ranks ${ranks.map((r) => `${r}:7000`).join()}`),
   );
+});
+
+void test('a model of one file is one under whatever name a container mounts it', () => {
+  const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-mounted-'));
+  try {
+    const mounted = path.join(scratch, 'model');
+    fs.writeFileSync(mounted, ggufBytes(tinyGguf));
+    assert.equal(openCheckpoint(mounted).layout, 'gguf');
+    fs.writeFileSync(mounted, 'no model at all, and longer than any header');
+    assert.throws(() => openCheckpoint(mounted), /model: .*GGUF/i);
+  } finally {
+    fs.rmSync(scratch, { recursive: true });
+  }
 });
 
 const skipWithoutSystemd =

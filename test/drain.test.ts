@@ -3,7 +3,7 @@
  * done twice, whatever the order of signals.
  */
 import assert from 'node:assert/strict';
-import { after, afterEach, test } from 'node:test';
+import { after, test } from 'node:test';
 import { Journal, newJobId } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
@@ -48,8 +48,8 @@ async function startPod(args: readonly string[] = []): Promise<Pod> {
   await pod.ready;
   return pod;
 }
-afterEach(async () => {
-  for (const pod of pods.splice(0)) await pod.kill();
+after(async () => {
+  for (const pod of pods) await pod.kill();
 });
 
 async function submit(count: number): Promise<string[]> {
@@ -96,8 +96,10 @@ async function results(ids: readonly string[]): Promise<number[][]> {
 /** What one engine that nobody disturbs gives, by seed. */
 const undisturbed: number[][] = [];
 
+/** Of one drain the engine that goes on is the one that the next is told to end. */
+let pod = await startPod();
+
 void test('SIGTERM to all processes of a Pod at once: its jobs end first', async (context) => {
-  const pod = await startPod();
   const alone = await submit(4);
   undisturbed.push(...(await results(alone)));
   const running = await submit(4);
@@ -109,7 +111,7 @@ void test('SIGTERM to all processes of a Pod at once: its jobs end first', async
   assert.deepEqual(await results(running), undisturbed, 'they ended here');
   for (const id of waiting) assert.equal((await journal.job(id))?.status, 'waiting');
   assert.deepEqual(await store.engines(), []);
-  await startPod();
+  pod = await startPod();
   assert.deepEqual(await results(waiting), undisturbed.slice(0, 2));
 });
 
@@ -117,35 +119,37 @@ function assertEnded(end: PodEnd): void {
   assert.deepEqual(end.codes, [0, 0], 'nobody had to be killed');
 }
 
-for (const [name, args, disturb] of [
-  [
-    'what is left after the drain timeout',
-    ['--drain-timeout', '0.2'],
-    async (pod: Pod) => {
-      assertEnded(await pod.terminate(GRACE_MS));
-    },
-  ],
+/** How a Pod with running jobs is ended, and what its successor is told, for the next of these. */
+const ways: readonly (readonly [string, readonly string[], (pod: Pod) => Promise<void>])[] = [
   [
     'a second SIGTERM',
     [],
-    async (pod: Pod) => {
-      const ending = pod.terminate(GRACE_MS);
+    async (own) => {
+      const ending = own.terminate(GRACE_MS);
       // Two signals that come too close are one.
       while ((await store.engines()).some((engine) => engine.isDraining !== true));
-      pod.coordinator.kill('SIGTERM');
+      own.coordinator.kill('SIGTERM');
       assertEnded(await ending);
     },
   ],
   [
     'a SIGKILL in the middle of draining',
-    [],
-    async (pod: Pod) => {
-      assert.ok((await pod.terminate(10)).codes.includes(null));
+    ['--drain-timeout', '0.2'],
+    async (own) => {
+      assert.ok((await own.terminate(10)).codes.includes(null));
     },
   ],
-] as const) {
+  [
+    'what is left after the drain timeout',
+    [],
+    async (own) => {
+      assertEnded(await own.terminate(GRACE_MS));
+    },
+  ],
+];
+
+for (const [name, successorArgs, disturb] of ways) {
   void test(`${name} goes on in another engine, from its next token`, async () => {
-    const pod = await startPod(args);
     const ids = await submit(4);
     await shown(ids, 40);
     await disturb(pod);
@@ -154,15 +158,15 @@ for (const [name, args, disturb] of [
       before.some((job) => job?.status !== 'completed'),
       'something was left to do',
     );
-    await startPod();
+    pod = await startPod(successorArgs);
     assert.deepEqual(await results(ids), undisturbed);
   });
 }
 
 void test('a group that loads can be ended at once', async () => {
-  const pod = await Pod.start({ redisUrl: redis.url, tp: 1, maxBatchSize: 4 });
-  pods.push(pod);
+  const loading = await Pod.start({ redisUrl: redis.url, tp: 1, maxBatchSize: 4 });
+  pods.push(loading);
   // Ranks are there, the coordinator may be anywhere on its way.
-  const end = await pod.terminate(GRACE_MS);
+  const end = await loading.terminate(GRACE_MS);
   assert.ok(end.seconds < GRACE_MS / 1000);
 });

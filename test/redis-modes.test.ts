@@ -5,6 +5,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { after, afterEach, test } from 'node:test';
 import { Redis } from 'ioredis';
+import { channelOf, keysOf } from '../coordinator/journal-keys.js';
 import { Journal, newJobId } from '../coordinator/journal.js';
 import { JobQueue, JobTaker } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
@@ -173,13 +174,25 @@ void test('Sentinel: a job runs, and runs again after the master has died', limi
   await runOneJob(url);
 });
 
-void test('Cluster mode is refused in one line', limit, async () => {
-  const port = await freePort();
-  await start(port, [`port ${port}`, 'cluster-enabled yes', `cluster-port ${await freePort()}`]);
-  const { code, message } = await refusal(`redis://127.0.0.1:${port}`);
-  assert.equal(code, 'bad_usage');
-  assert.match(message, /Cluster mode, which is not supported: use one primary, or Sentinel/);
-});
+void test(
+  'Cluster mode is refused in one line; a job would be in one of its slots',
+  limit,
+  async () => {
+    const port = await freePort();
+    await start(port, [`port ${port}`, 'cluster-enabled yes', `cluster-port ${await freePort()}`]);
+    const { code, message } = await refusal(`redis://127.0.0.1:${port}`);
+    assert.equal(code, 'bad_usage');
+    assert.match(message, /Cluster mode, which is not supported: use one primary, or Sentinel/);
+    const cluster = new Redis(port);
+    const slotsOf = async (id: string): Promise<number[]> =>
+      Promise.all([...keysOf(id, 3), channelOf(id)].map((key) => cluster.cluster('KEYSLOT', key)));
+    const [first, second] = [await slotsOf(newJobId()), await slotsOf(newJobId())];
+    cluster.disconnect();
+    assert.equal(first.length, 8, 'the job, three journals, three prompts, a channel');
+    assert.equal(new Set(first).size, 1);
+    assert.equal(new Set([...first, ...second]).size, 2, 'jobs are spread');
+  },
+);
 
 void test('a URL says all there is to say, and a bad one is refused by what is wrong', () => {
   assert.deepEqual(redisAddress('redis://[::1]'), { host: '::1', port: 6379 });

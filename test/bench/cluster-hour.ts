@@ -31,6 +31,10 @@ const policies: readonly (readonly [name: string, policy: Policy])[] = [
     'queue, 16 jobs an engine, active ones too',
     { kind: 'queue', jobs: 16, counts: 'all', maxEngines },
   ],
+  [
+    'queue, 24 jobs an engine, active ones too',
+    { kind: 'queue', jobs: 24, counts: 'all', maxEngines },
+  ],
 ];
 
 const [tracePath, plotPath] = process.argv.slice(2);
