@@ -22,7 +22,7 @@ import { jobSizeOf } from './queue-order.js';
 import type { Asked } from './openai.js';
 import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
 import type { Ending, JobTerms, Request, Usage } from './request.js';
-import type { Tenant } from './tenants.js';
+import type { Tenant } from './tenant.js';
 import type { WebhookIntake } from './webhook-intake.js';
 
 /** What happens to an answer. */

@@ -8,11 +8,12 @@ import { CaravanClient } from './client.js';
  */
 export async function askOnce(
   url: string,
+  apiKey: string | undefined,
   question: string,
   out: NodeJS.WritableStream,
 ): Promise<void> {
   const messages = [{ role: 'user', content: question }];
-  const stream = new CaravanClient({ url }).streamChat({ messages });
+  const stream = new CaravanClient({ url, apiKey }).streamChat({ messages });
   out.write(`\n> ${question}\n\n`);
   for await (const { choices } of stream) out.write(choices[0]?.delta.content ?? '');
   out.write('\n\n');

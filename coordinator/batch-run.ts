@@ -209,7 +209,9 @@ export class BatchRun {
       const digest = createHash('sha256').update(`${order.id} ${kind}`).digest('hex');
       const id = `file-${digest.slice(0, 32)}`;
       const filename = `${order.id}_${kind}.jsonl`;
-      const about = { filename, purpose: 'batch_output', keptS: order.resultsKeptS } as const;
+      const { tenant, resultsKeptS: keptS } = order;
+      const owned = tenant === undefined ? {} : { tenant };
+      const about = { filename, purpose: 'batch_output', keptS, ...owned } as const;
       await files.put(id, joined(files.storage, keys), about, this.#stopping);
       return id;
     };

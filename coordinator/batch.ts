@@ -39,6 +39,8 @@ export interface BatchOrder {
   readonly metadata: Readonly<Record<string, string>> | null;
   /** How long the files of results are kept, in seconds. */
   readonly resultsKeptS: number;
+  /** Whose it and its files are; left out where tenants were not kept apart. */
+  readonly tenant?: string;
 }
 
 /** Moments of a batch's life, in Unix seconds; those that have not come are absent. */

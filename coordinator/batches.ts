@@ -4,7 +4,7 @@ import { CaravanError, toCaravanError } from '../proto/errors.js';
 import { isEnded, PARTS_PREFIX, type BatchOrder, type BatchState } from './batch.js';
 import { BatchRun, type BatchRunNeeds } from './batch-run.js';
 import { Bell } from './bell.js';
-import { fileKey } from './store-files.js';
+import { fileKey, type FileRecord } from './store-files.js';
 import type { Hold } from './store-batches.js';
 
 /** A dead gateway's batches move after this. */
@@ -52,15 +52,21 @@ export class Batches {
   /**
    * Writes a batch down; some gateway will run it.
    *
+   * @param isOwn whether a file is of who asks.
    * @throws CaravanError `invalid_request` without its input file, `queue_full`, `redis_unavailable`.
    */
-  async create(order: BatchOrder): Promise<BatchState> {
+  async create(
+    order: BatchOrder,
+    isOwn: (record: FileRecord) => boolean = () => true,
+  ): Promise<BatchState> {
     const { files, records } = this.#needs;
     const param = 'input_file_id';
     const refuse = (reason: string): CaravanError =>
       new CaravanError('invalid_request', `${param}: ${reason}`, { param });
     try {
-      const { purpose } = await files.records.get(order.inputFileId);
+      const input = await files.records.get(order.inputFileId);
+      const { purpose } = input;
+      if (!isOwn(input)) throw refuse(`file ${order.inputFileId} does not exist`);
       if (purpose !== 'batch') throw refuse(`the file's purpose is ${purpose}, and must be batch`);
     } catch (error) {
       if (!(error instanceof CaravanError) || error.code !== 'not_found') throw error;

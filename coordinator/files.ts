@@ -69,13 +69,13 @@ export class Files {
   async put(
     id: string,
     source: AsyncIterable<Uint8Array>,
-    { filename, purpose, keptS }: { filename: string; purpose: FilePurpose; keptS: number },
+    { keptS, ...about }: { filename: string; purpose: FilePurpose; keptS: number; tenant?: string },
     signal: AbortSignal,
   ): Promise<void> {
     const bytes = await this.storage.write(fileKey(id), source, signal);
     const createdMs = Date.now();
     const expiresS = Math.floor(createdMs / 1000) + keptS;
-    await this.records.add({ id, bytes, createdMs, expiresS, filename, purpose });
+    await this.records.add({ id, bytes, createdMs, expiresS, ...about });
   }
 
   /** @throws CaravanError `not_found`. */

@@ -39,7 +39,7 @@ export interface GatewayOptions {
   readonly scalerPort?: number | undefined;
   /** Where jobs are served over gRPC; 0 takes a free one, left out serves none. */
   readonly grpcPort?: number | undefined;
-  /** Of KEDA's links; plain if left out. */
+  /** Of the gRPC links of KEDA and of callers of jobs; plain if left out. */
   readonly security?: LinkSecurity | null;
   /** Of HTTPS; plain HTTP if left out. */
   readonly certificate?: HttpCertificate | null;
@@ -122,7 +122,10 @@ export async function runGateway(
   const sender =
     secret === undefined || policy === null ? null : new Webhooks({ ...sending, secret, policy });
   const scaler = scalerPort === undefined ? null : new ScalerServer(work, options.security);
-  const jobs = grpcPort === undefined ? null : new JobsServer({ models, journal, answers });
+  const jobs =
+    grpcPort === undefined
+      ? null
+      : new JobsServer({ models, journal, answers, tenants }, options.security);
   try {
     const boundScalerPort = (await scaler?.listen(host, scalerPort!)) ?? null;
     const boundGrpcPort = (await jobs?.listen(host, grpcPort!)) ?? null;

@@ -4,7 +4,7 @@ import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { AnswerEvent, Answers } from './answers.js';
 import { Choice } from './choice.js';
 import { whileThere } from './http-leaving.js';
-import { sendJobHeaders, tenantOf, termsOf, type TenantRoutes } from './http-tenant.js';
+import { ownJob, sendJobHeaders, tenantOf, termsOf, type TenantRoutes } from './http-tenant.js';
 import { EventStream } from './http-stream.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { idempotencyKeyOf } from './idempotency-key.js';
@@ -34,7 +34,8 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
       const asked = { ...parsed, terms: termsOf(request, parsed.terms) };
       const tenant = tenantOf(routes, request);
       const { authorization = '', 'idempotency-key': header } = request.headers;
-      const key = idempotencyKeyOf(header, authorization, path, request.body);
+      const client = [tenant.name, authorization];
+      const key = idempotencyKeyOf(header, client, path, request.body);
       const jobId = key?.jobId ?? newJobId();
       const job =
         key === null
@@ -64,8 +65,7 @@ export function addAnswerRoutes(app: FastifyInstance, routes: AnswerRoutes): voi
   app.get<{ Params: { id: string } }>('/v1/jobs/:id/events', async (request, reply) => {
     const { id } = request.params;
     const query = parseBody(eventsQuery, request.query);
-    const job = await routes.journal.job(id);
-    if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
+    const job = await ownJob(routes, request, id);
     const { tokenizer } = await routes.models.find(job.model);
     const position = positionsOf(
       query.from ?? request.headers['last-event-id'],

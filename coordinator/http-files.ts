@@ -6,6 +6,7 @@ import { CaravanError } from '../proto/errors.js';
 import type { Batches } from './batches.js';
 import { pieces } from './file-storage.js';
 import type { Files } from './files.js';
+import { ownerOf, tenantOf, type TenantRoutes } from './http-tenant.js';
 import { fileBody, listBody, parseFileList, parseUpload } from './openai-batch.js';
 import { fileKey, type FileRecord } from './store-files.js';
 
@@ -16,12 +17,22 @@ const MAX_FILENAME_CHARACTERS = 255;
 /** An upload that sends nothing for this long is given up. */
 const SILENCE_MS = 120_000;
 
-export interface FileRoutes {
+export interface FileRoutes extends TenantRoutes {
   readonly files: Files;
   readonly batches: Batches;
 }
 
-export function addFileRoutes(app: FastifyInstance, { files, batches }: FileRoutes): void {
+export function addFileRoutes(app: FastifyInstance, routes: FileRoutes): void {
+  const { files, batches, tenants } = routes;
+  const isOwn = (request: FastifyRequest) => {
+    const tenant = tenantOf(routes, request);
+    return ({ tenant: owner }: FileRecord) => tenants.mayMind(tenant, owner);
+  };
+  const find = async (request: FastifyRequest, id: string): Promise<FileRecord> => {
+    const record = await files.records.get(id);
+    if (isOwn(request)(record)) return record;
+    throw new CaravanError('not_found', `file ${id} does not exist`);
+  };
   // The sizes of files are limited where they are written: no part of the form is held in memory.
   void app.register(multipart, {
     limits: { files: 1, fields: MAX_FIELDS, fieldSize: MAX_FIELD_BYTES, fileSize: Infinity },
@@ -34,21 +45,21 @@ export function addFileRoutes(app: FastifyInstance, { files, batches }: FileRout
         param: 'file',
       });
     }
-    return fileBody(await receive(request, files));
+    return fileBody(await receive(request, files, ownerOf(routes, request)));
   });
 
-  app.get('/v1/files', async ({ query }) => {
-    const { purpose, order, after, limit } = parseFileList(query);
+  app.get('/v1/files', async (request) => {
+    const { purpose, order, after, limit } = parseFileList(request.query);
     const wish = { purpose: purpose ?? null, order, after: after ?? null, limit };
-    return listBody(await files.records.list(wish), fileBody);
+    return listBody(await files.records.list(wish, isOwn(request)), fileBody);
   });
 
-  app.get<{ Params: { id: string } }>('/v1/files/:id', async ({ params }) =>
-    fileBody(await files.records.get(params.id)),
+  app.get<{ Params: { id: string } }>('/v1/files/:id', async (request) =>
+    fileBody(await find(request, request.params.id)),
   );
 
-  app.get<{ Params: { id: string } }>('/v1/files/:id/content', async ({ params }, reply) => {
-    const { id, bytes, filename } = await files.records.get(params.id);
+  app.get<{ Params: { id: string } }>('/v1/files/:id/content', async (request, reply) => {
+    const { id, bytes, filename } = await find(request, request.params.id);
     if ((await files.storage.size(fileKey(id))) === null) {
       throw new CaravanError(
         'not_found',
@@ -63,7 +74,9 @@ export function addFileRoutes(app: FastifyInstance, { files, batches }: FileRout
     return reply.send(Readable.from(pieces(files.storage, fileKey(id)), { objectMode: false }));
   });
 
-  app.delete<{ Params: { id: string } }>('/v1/files/:id', async ({ params: { id } }) => {
+  app.delete<{ Params: { id: string } }>('/v1/files/:id', async (request) => {
+    const { id } = request.params;
+    if (tenants.areApart) await find(request, id);
     if (await batches.isInput(id)) {
       throw new CaravanError('in_use', `file ${id} is the input of a batch that has not ended`);
     }
@@ -73,7 +86,11 @@ export function addFileRoutes(app: FastifyInstance, { files, batches }: FileRout
 }
 
 /** Parts come in any order: the file is stored as it comes, and made known when all fields are right. */
-async function receive(request: FastifyRequest, files: Files): Promise<FileRecord> {
+async function receive(
+  request: FastifyRequest,
+  files: Files,
+  tenant: string | null,
+): Promise<FileRecord> {
   const fields = new Map<string, string>();
   let stored: { readonly id: string; readonly bytes: number; readonly filename: string } | null =
     null;
@@ -97,7 +114,9 @@ async function receive(request: FastifyRequest, files: Files): Promise<FileRecor
     const { id, bytes, filename } = stored;
     const createdMs = Date.now();
     const expiresS = Math.floor(createdMs / 1000) + keptS;
-    const record = { id, bytes, createdMs, expiresS, filename, purpose: 'batch' } as const;
+    const owned = tenant === null ? {} : { tenant };
+    const about = { filename, purpose: 'batch', ...owned } as const;
+    const record = { id, bytes, createdMs, expiresS, ...about };
     await files.add(record);
     return record;
   } catch (error) {

@@ -1,5 +1,5 @@
 /** /v1/responses: answers that remember what was said before. The conversation is in Redis, its answers in journals. */
-import type { FastifyInstance, FastifyReply } from 'fastify';
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import type { AnswerRoutes } from './http-answers.js';
 import { whileThere } from './http-leaving.js';
@@ -10,7 +10,7 @@ import { callBodies } from './openai-calls.js';
 import type { AnswerHead } from './openai-answer.js';
 import { newResponseId, ResponseEvents, responseBodyOf } from './openai-response-body.js';
 import { askResponse, parseResponseBody } from './openai-responses.js';
-import { newJobId } from './journal.js';
+import { newJobId, type JobRecord } from './journal.js';
 import type { ResponseMessage, ResponseRecord, ResponseRecords } from './store-responses.js';
 import type { CallStyle } from './tool-calls.js';
 
@@ -28,7 +28,7 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     const model = await routes.models.find(modelNameOf(request.body));
     const body = parseResponseBody(request.body);
     const { previous_response_id: previous } = body;
-    const earlier = previous == null ? [] : await conversationOf(routes, previous);
+    const earlier = previous == null ? [] : await conversationOf(routes, request, previous);
     const { asked, messages, echoed } = askResponse(body, earlier, model);
     const jobId = newJobId();
     const createdS = Math.floor(Date.now() / 1000);
@@ -53,10 +53,8 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     return responseBodyOf(record, { kind: 'ended', text, style, finishReason, usage });
   });
 
-  app.get<{ Params: { id: string } }>('/v1/responses/:id', async ({ params: { id } }) => {
-    const record = await routes.responses.find(id);
-    const job = record === null ? null : await routes.journal.job(record.jobId);
-    if (record === null || job === null) throw unknownResponse(id);
+  app.get<{ Params: { id: string } }>('/v1/responses/:id', async (call) => {
+    const { record, job } = await ownResponse(routes, call, call.params.id);
     const { ending, request } = job;
     if (ending === null) return responseBodyOf(record, { kind: 'running' });
     if (ending.status !== 'completed') {
@@ -68,7 +66,9 @@ export function addResponseRoutes(app: FastifyInstance, routes: ResponseRoutes):
     return responseBodyOf(record, { ...ending, kind: 'ended', text, style: styleOf(head) });
   });
 
-  app.delete<{ Params: { id: string } }>('/v1/responses/:id', async ({ params: { id } }) => {
+  app.delete<{ Params: { id: string } }>('/v1/responses/:id', async (request) => {
+    const { id } = request.params;
+    await ownResponse(routes, request, id);
     if (!(await routes.responses.forget(id))) throw unknownResponse(id);
     return { id, object: 'response', deleted: true };
   });
@@ -81,15 +81,31 @@ const styleOf = ({ request: { grammar } }: Head): CallStyle | null =>
 const unknownResponse = (id: string): CaravanError =>
   new CaravanError('not_found', `response ${id} is not known (responses are kept for a day)`);
 
-/** What was said up to and with a response. @throws CaravanError for one that is unknown or has no answer. */
-async function conversationOf(routes: ResponseRoutes, id: string): Promise<ResponseMessage[]> {
-  const param = 'previous_response_id';
+/** A response of the request's tenant, and its job. @throws CaravanError `not_found`, also for one that is another's. */
+async function ownResponse(
+  routes: ResponseRoutes,
+  request: FastifyRequest,
+  id: string,
+): Promise<{ readonly record: ResponseRecord; readonly job: JobRecord }> {
   const record = await routes.responses.find(id);
   const job = record === null ? null : await routes.journal.job(record.jobId);
-  if (record === null || job === null) {
-    const { message } = unknownResponse(id);
-    throw new CaravanError('not_found', `${param}: ${message}`, { param });
-  }
+  const { tenants } = routes;
+  if (record === null || job === null) throw unknownResponse(id);
+  if (!tenants.mayMind(tenantOf(routes, request), job.terms.tenant)) throw unknownResponse(id);
+  return { record, job };
+}
+
+/** What was said up to and with a response. @throws CaravanError for one that is unknown or has no answer. */
+async function conversationOf(
+  routes: ResponseRoutes,
+  request: FastifyRequest,
+  id: string,
+): Promise<ResponseMessage[]> {
+  const param = 'previous_response_id';
+  const { record, job } = await ownResponse(routes, request, id).catch((thrown: unknown) => {
+    const { code, message } = toCaravanError(thrown);
+    throw new CaravanError(code, `${param}: ${message}`, { param });
+  });
   if (job.ending?.status !== 'completed') {
     const status = job.ending?.status ?? 'not finished';
     throw new CaravanError('invalid_request', `${param}: response ${id} is ${status}`, { param });

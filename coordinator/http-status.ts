@@ -13,11 +13,15 @@ const table = (heads: readonly string[], rows: readonly string[]): string =>
   `<table><tr>${heads.map((head) => `<th>${escape(head)}</th>`).join('')}</tr>` +
   `${rows.map((row) => `<tr>${row}</tr>`).join('')}</table>`;
 
-/** @param counts of each card's queue, in the order of the cards. */
+/**
+ * @param counts of each card's queue, in the order of the cards.
+ * @param asksKeys whether who asks something may need an API key.
+ */
 export function statusPage(
   cards: readonly ModelCard[],
   engines: readonly EngineBeat[],
   counts: readonly QueueCounts[],
+  asksKeys: boolean,
 ): string {
   const models = table(
     ['Model', 'Context', 'Exact', 'Waiting', 'Active', 'Completed', 'Failed'],
@@ -34,6 +38,9 @@ export function statusPage(
     ),
   );
   const options = cards.map(({ name }) => `<option>${escape(name)}</option>`).join('');
+  const key = asksKeys
+    ? '<input name="key" type="password" placeholder="API key" autocomplete="off">'
+    : '';
   return `<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Caravan</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -54,7 +61,7 @@ export function statusPage(
 <h2>Engines</h2>${engines.length === 0 ? '<p>None is alive; jobs wait in the queue.</p>' : alive}
 <h2>Try it</h2>
 <form id="ask"><select name="model">${options}</select>
-<input name="question" placeholder="Tell me a story about a fox." autocomplete="off"><button>Ask</button></form>
+<input name="question" placeholder="Tell me a story about a fox." autocomplete="off">${key}<button>Ask</button></form>
 <pre id="answer"></pre>
 <script>
 document.getElementById('ask').addEventListener('submit', async (event) => {
@@ -64,7 +71,9 @@ document.getElementById('ask').addEventListener('submit', async (event) => {
   answer.textContent = '';
   const content = form.get('question') || 'Tell me a story about a fox.';
   const body = JSON.stringify({ model: form.get('model'), stream: true, messages: [{ role: 'user', content }] });
-  const response = await fetch('/v1/chat/completions', { method: 'POST', headers: { 'content-type': 'application/json' }, body });
+  const headers = { 'content-type': 'application/json' };
+  if (form.get('key')) headers.authorization = 'Bearer ' + form.get('key');
+  const response = await fetch('/v1/chat/completions', { method: 'POST', headers, body });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ''; ;) {
     const { value, done } = await reader.read();

@@ -2,9 +2,11 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { CaravanError } from '../proto/errors.js';
 import type { Estimate } from './admission.js';
+import type { Journal, JobRecord } from './journal.js';
 import { deadlineField, deadlineMsOf } from './openai-terms.js';
 import type { JobTerms } from './request.js';
-import type { Tenant, Tenants } from './tenants.js';
+import type { Tenant } from './tenant.js';
+import type { Tenants } from './tenants.js';
 
 export interface TenantRoutes {
   readonly tenants: Tenants;
@@ -13,10 +15,26 @@ export interface TenantRoutes {
 const single = (header: string | string[] | undefined): string | undefined =>
   Array.isArray(header) ? header[0] : header;
 
-/** @throws CaravanError `unauthorized`, `invalid_request`. */
+/** @throws CaravanError `invalid_api_key`, `invalid_request`. */
 export function tenantOf({ tenants }: TenantRoutes, { headers }: FastifyRequest): Tenant {
   const { authorization, 'x-caravan-tenant': name } = headers;
   return tenants.find({ authorization, name: single(name) });
+}
+
+/** Whose a request's jobs, files and batches are kept apart for; null where everybody sees everything. */
+export const ownerOf = (routes: TenantRoutes, request: FastifyRequest): string | null =>
+  routes.tenants.areApart ? tenantOf(routes, request).name : null;
+
+/** A job of the request's tenant. @throws CaravanError `not_found`, also for one that is another's. */
+export async function ownJob(
+  routes: TenantRoutes & { readonly journal: Journal },
+  request: FastifyRequest,
+  id: string,
+): Promise<JobRecord> {
+  const job = await routes.journal.job(id);
+  if (job !== null && routes.tenants.mayMind(tenantOf(routes, request), job.terms.tenant))
+    return job;
+  throw new CaravanError('not_found', `job ${id} is not known`);
 }
 
 /** The terms of a body, unless headers say otherwise. @throws CaravanError `invalid_request`. */

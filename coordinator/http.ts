@@ -72,6 +72,7 @@ export function createHttpServer(
     const error = fromFastify(thrown, maxBodyBytes);
     if (error.retryAfterS !== null) void reply.header('retry-after', error.retryAfterS);
     const { http } = errorTable[error.code];
+    if (http === 401) void reply.header('www-authenticate', 'Bearer realm="caravan"');
     if (http >= 500) log.warn({ code: error.code, url: request.url }, error.message);
     void reply.status(http).send(errorBody(error));
   });
@@ -92,9 +93,11 @@ export function createHttpServer(
     });
     done();
   });
-  // Nothing of the API is for those who are nobody's.
+  // Nothing of the API is for those who are nobody's. The route says what it is: a path can be written in many ways.
   app.addHook('onRequest', (request, _reply, done) => {
-    if (request.url.startsWith('/v1/')) tenantOf(routes, request);
+    if (/^\/(v1\/|tokenize$|detokenize$)/.test(request.routeOptions.url ?? '')) {
+      tenantOf(routes, request);
+    }
     done();
   });
 
@@ -115,7 +118,7 @@ export function createHttpServer(
     const counts = await Promise.all(
       cards.map(({ name }) => routes.answers.queueOf(name).counts()),
     );
-    return statusPage(cards, engines, counts);
+    return statusPage(cards, engines, counts, routes.tenants.areApart);
   });
   return app;
 }
@@ -158,6 +161,10 @@ function addModelRoutes(app: FastifyInstance, { models }: HttpRoutes): void {
 function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
   const { store, metrics, models, answers, work, redis } = routes;
   app.get('/livez', () => ({ status: 'ok' }));
+  app.get('/health', async () => {
+    await store.ping();
+    return { status: 'ok' };
+  });
   app.get('/readyz', async ({ query }) => {
     const { engines: needed } = parseBody(readinessQuery, query);
     const engines = await store.engines();

@@ -17,13 +17,13 @@ const digestOf = (...parts: readonly string[]): Buffer =>
   createHash('sha256').update(parts.join('\n')).digest();
 
 /**
- * @param owner tells keys of different clients apart.
+ * @param client what tells keys of different clients apart.
  * @returns null where the request has none.
  * @throws CaravanError `invalid_request`.
  */
 export function idempotencyKeyOf(
   header: string | string[] | undefined,
-  owner: string,
+  client: readonly string[],
   route: string,
   body: unknown,
 ): IdempotencyKey | null {
@@ -37,7 +37,9 @@ export function idempotencyKeyOf(
     );
   }
   return {
-    jobId: `job_${digestOf(owner, key).subarray(0, 16).toString('base64url')}`,
+    jobId: `job_${digestOf(...client, key)
+      .subarray(0, 16)
+      .toString('base64url')}`,
     fingerprint: digestOf(route, JSON.stringify(body)).subarray(0, 16).toString('base64url'),
   };
 }

@@ -9,7 +9,7 @@ import type { JobQueue } from './queue.js';
 import type { JobSize, QueueLimits, Reserved, StandOfQueue } from './queue-order.js';
 import type { JobTerms } from './request.js';
 import type { Store } from './store.js';
-import type { Tenant } from './tenants.js';
+import type { Tenant } from './tenant.js';
 
 export interface IntakeRules {
   readonly admission: 'estimate' | 'off';

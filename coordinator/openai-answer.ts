@@ -116,13 +116,7 @@ export const usageChunkBody = (head: AnswerHead, usage: Usage) => ({
 export function errorBody(error: CaravanError) {
   const { http } = errorTable[error.code];
   const type =
-    http === 401
-      ? 'authentication_error'
-      : http === 429
-        ? 'rate_limit_error'
-        : http < 500
-          ? 'invalid_request_error'
-          : 'server_error';
+    http === 429 ? 'rate_limit_error' : http < 500 ? 'invalid_request_error' : 'server_error';
   return { error: { message: error.message, type, param: error.param, code: error.code } };
 }
 

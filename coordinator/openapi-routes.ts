@@ -108,6 +108,7 @@ export const routeDescriptions: Readonly<Record<string, RouteDescription>> = {
     answer: 'Batch',
   },
   'GET /livez': { summary: 'Whether the gateway is alive.', answer: 'Health' },
+  'GET /health': { summary: 'Whether requests can be taken: Redis answers.', answer: 'Health' },
   'GET /readyz': {
     summary: 'Whether Redis answers and an engine is alive.',
     ...{ query: readinessQuery, answer: 'Health' },

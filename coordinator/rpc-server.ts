@@ -52,7 +52,7 @@ export function closeRpc(server: Server): Promise<void> {
   });
 }
 
-/** The status of a failure; the code itself, and the field at fault, are in the trailing metadata. */
+/** The status of a failure; its code, the field at fault and when to try again are in the trailing metadata. */
 export function toStatus(thrown: unknown): {
   readonly code: number;
   readonly details: string;
@@ -62,17 +62,26 @@ export function toStatus(thrown: unknown): {
   const metadata = new Metadata();
   metadata.set('caravan-code', error.code);
   if (error.param !== null) metadata.set('caravan-param', error.param);
+  if (error.retryAfterS !== null) metadata.set('caravan-retry-after', String(error.retryAfterS));
   return { code: errorTable[error.code].grpc, details: error.message, metadata };
 }
 
+/** What a call says beside its request: the first value of a key of its metadata, as headers are over HTTP. */
+export type CallHeader = (key: string) => string | undefined;
+
+const headerOf =
+  (metadata: Metadata): CallHeader =>
+  (key) =>
+    metadata.get(key)[0]?.toString();
+
 /** A handler of single answers. */
 export function unary<Q, A>(
-  answer: (request: Q) => Promise<A>,
+  answer: (request: Q, header: CallHeader) => Promise<A>,
 ): (call: ServerUnaryCall<Q, A>, reply: sendUnaryData<A>) => void {
   return (call, reply) => {
     // What a handler throws at once is an answer, too.
     void Promise.resolve(call.request)
-      .then(answer)
+      .then((request) => answer(request, headerOf(call.metadata)))
       .then(
         (value) => {
           reply(null, value);
@@ -91,7 +100,7 @@ export function unary<Q, A>(
  */
 export function streaming<Q, A>(
   closing: AbortSignal,
-  answer: (request: Q, signal: AbortSignal) => AsyncIterable<A>,
+  answer: (request: Q, header: CallHeader, signal: AbortSignal) => AsyncIterable<A>,
 ): (call: ServerWritableStream<Q, A>) => void {
   return (call) => {
     const gone = new AbortController();
@@ -101,7 +110,7 @@ export function streaming<Q, A>(
     const signal = AbortSignal.any([gone.signal, closing]);
     void (async () => {
       try {
-        for await (const message of answer(call.request, signal)) {
+        for await (const message of answer(call.request, headerOf(call.metadata), signal)) {
           if (!call.write(message)) await drained(call, signal);
         }
         call.end();

@@ -1,6 +1,6 @@
 /**
  * Jobs over gRPC (proto/jobs.proto): the same requests, checked by the same rules, in the same queue and journal as those over
- * HTTP. Links are not encrypted: see docs/grpc.md.
+ * HTTP, for the tenant that the call's metadata name as headers do over HTTP.
  */
 import { CaravanError } from '../proto/errors.js';
 import {
@@ -16,36 +16,54 @@ import type { AnswerEvent, Answers } from './answers.js';
 import { idempotencyKeyOf } from './idempotency-key.js';
 import { sequenceCount } from './job-sequences.js';
 import { parseJson } from './json-text.js';
-import type { JobRecord, Journal } from './journal.js';
+import { newJobId, type JobRecord, type Journal } from './journal.js';
 import type { Models } from './models.js';
 import { parseChat, parseCompletion } from './openai.js';
 import { refuse } from './openai-refusal.js';
+import type { LinkSecurity } from '../proto/link-security.js';
 import type { Usage } from './request.js';
-import { closeRpc, listenRpc, newRpcServer, streaming, unary } from './rpc-server.js';
+import type { Tenant, TenantClaim } from './tenant.js';
+import type { Tenants } from './tenants.js';
+import {
+  closeRpc,
+  listenRpc,
+  newRpcServer,
+  streaming,
+  unary,
+  type CallHeader,
+} from './rpc-server.js';
 
 export interface JobsServerNeeds {
   readonly models: Models;
   readonly journal: Journal;
   readonly answers: Answers;
+  readonly tenants: Tenants;
 }
 
 export class JobsServer {
   readonly #needs: JobsServerNeeds;
+  readonly #security: LinkSecurity | null;
   readonly #server = newRpcServer();
   readonly #closing = new AbortController();
 
-  constructor(needs: JobsServerNeeds) {
+  /** @param security of its links; plain if left out. */
+  constructor(needs: JobsServerNeeds, security: LinkSecurity | null = null) {
     this.#needs = needs;
+    this.#security = security;
+    const { tenants } = needs;
     const handlers: JobsHandlers = {
-      submit: unary((request: SubmitRequest) => this.#submit(request)),
-      stream: streaming(this.#closing.signal, (request: StreamRequest, signal) =>
-        this.#stream(request, signal),
+      submit: unary((request: SubmitRequest, header) => this.#submit(request, claimOf(header))),
+      stream: streaming(this.#closing.signal, (request: StreamRequest, header, signal) =>
+        this.#stream(request, tenants.find(claimOf(header)), signal),
       ),
-      get: unary(async ({ jobId }) => jobMessage(await this.#find(jobId))),
-      cancel: unary(async ({ jobId }) => {
-        const { model } = await this.#find(jobId);
+      get: unary(async ({ jobId }, header) =>
+        jobMessage(await this.#find(jobId, tenants.find(claimOf(header)))),
+      ),
+      cancel: unary(async ({ jobId }, header) => {
+        const tenant = tenants.find(claimOf(header));
+        const { model } = await this.#find(jobId, tenant);
         await needs.answers.cancel(jobId, model);
-        return jobMessage(await this.#find(jobId));
+        return jobMessage(await this.#find(jobId, tenant));
       }),
     };
     this.#server.addService(JobsService, handlers);
@@ -53,7 +71,7 @@ export class JobsServer {
 
   /** @returns the port. @throws CaravanError `bad_usage` when it is taken. */
   listen(host: string, port: number): Promise<number> {
-    return listenRpc(this.#server, host, port, '--grpc-port');
+    return listenRpc(this.#server, host, port, '--grpc-port', this.#security);
   }
 
   /** Open streams end with `gateway_unavailable`: callers come back at their offset, to another gateway. */
@@ -62,23 +80,29 @@ export class JobsServer {
     await closeRpc(this.#server);
   }
 
-  async #submit(request: SubmitRequest): Promise<Job> {
-    const { models, answers } = this.#needs;
+  async #submit(request: SubmitRequest, claim: TenantClaim): Promise<Job> {
+    const { models, answers, tenants } = this.#needs;
+    const tenant = tenants.find(claim);
     const isChat = request.prompt?.$case === 'chat';
     const body = bodyOf(request);
     const model = await models.find(request.model ?? null);
     const asked = isChat ? parseChat(body, model) : parseCompletion(body, model);
     const route = isChat ? 'grpc chat' : 'grpc completion';
-    const key = idempotencyKeyOf(request.idempotencyKey, '', route, body);
-    let id = key?.jobId;
-    if (key === null) ({ id } = await answers.submit(asked));
-    else await answers.submitOnce(asked, key);
-    return jobMessage(await this.#find(id!));
+    const client = [tenant.name, claim.authorization ?? ''];
+    const key = idempotencyKeyOf(request.idempotencyKey, client, route, body);
+    const id = key?.jobId ?? newJobId();
+    if (key === null) await answers.submit(asked, id, tenant);
+    else await answers.submitOnce(asked, key, tenant);
+    return jobMessage(await this.#find(id, tenant));
   }
 
-  async *#stream(request: StreamRequest, signal: AbortSignal): AsyncGenerator<StreamEvent> {
+  async *#stream(
+    request: StreamRequest,
+    tenant: Tenant,
+    signal: AbortSignal,
+  ): AsyncGenerator<StreamEvent> {
     const { jobId, offsets } = request;
-    const { request: asked } = await this.#find(jobId);
+    const { request: asked } = await this.#find(jobId, tenant);
     const count = sequenceCount(asked);
     if (offsets.length > count) {
       refuse('offsets', `has ${offsets.length} of them; the job has ${count} sequences`);
@@ -90,12 +114,20 @@ export class JobsServer {
     }
   }
 
-  async #find(id: string): Promise<JobRecord> {
-    const job = await this.#needs.journal.job(id);
-    if (job === null) throw new CaravanError('not_found', `job ${id} is not known`);
-    return job;
+  /** @throws CaravanError `not_found`, also for a job that is another tenant's. */
+  async #find(id: string, tenant: Tenant): Promise<JobRecord> {
+    const { journal, tenants } = this.#needs;
+    const job = await journal.job(id);
+    if (job !== null && tenants.mayMind(tenant, job.terms.tenant)) return job;
+    throw new CaravanError('not_found', `job ${id} is not known`);
   }
 }
+
+/** As headers over HTTP. */
+const claimOf = (header: CallHeader): TenantClaim => ({
+  authorization: header('authorization'),
+  name: header('x-caravan-tenant'),
+});
 
 /** The body that says the same over HTTP. @throws CaravanError `invalid_request`. */
 function bodyOf(request: SubmitRequest): Readonly<Record<string, unknown>> {

@@ -40,7 +40,7 @@ export class ScalerServer {
     this.#security = security;
     const service: ExternalScalerServer = {
       isActive: unary((ref: ScaledObjectRef) => this.#isActive(ref)),
-      streamIsActive: streaming(this.#closing.signal, (ref: ScaledObjectRef, signal) =>
+      streamIsActive: streaming(this.#closing.signal, (ref: ScaledObjectRef, _header, signal) =>
         this.#stream(ref, signal),
       ),
       getMetricSpec: unary((ref: ScaledObjectRef) => {

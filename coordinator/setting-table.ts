@@ -316,6 +316,12 @@ export const settingTable = {
     rule: 'a file',
     schema: text,
   }),
+  apiKeys: optional({
+    argument: '<file>',
+    description: 'file of API keys, TENANT:KEY on each line; all calls need one then',
+    rule: 'a file',
+    schema: text,
+  }),
   admission: defaulted('estimate', {
     argument: '<mode>',
     description: 'estimate refuses deadlines that the measured speed cannot meet; off takes all',

@@ -102,8 +102,17 @@ export class BatchRecords {
     return stateOf(fields);
   }
 
-  /** Batches, the latest first. @throws CaravanError `not_found` for an unknown `after`. */
-  async list(after: string | null, limit: number): Promise<Page<BatchState>> {
+  /**
+   * Batches, the latest first.
+   *
+   * @param isShown which batches there are for who asks.
+   * @throws CaravanError `not_found` for an unknown `after`.
+   */
+  async list(
+    after: string | null,
+    limit: number,
+    isShown: (order: BatchOrder) => boolean = () => true,
+  ): Promise<Page<BatchState>> {
     const items: BatchState[] = [];
     for (let at = await this.#rankAfter(after); ;) {
       const ids = await this.#call(() => this.#redis.zrevrange(CREATED, at, at + LIST_STEP - 1));
@@ -117,8 +126,10 @@ export class BatchRecords {
           at -= 1;
           continue;
         }
+        const state = stateOf(fields);
+        if (!isShown(state.order)) continue;
         if (items.length === limit) return { items, hasMore: true };
-        items.push(stateOf(fields));
+        items.push(state);
       }
     }
   }

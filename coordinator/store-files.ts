@@ -21,6 +21,8 @@ export interface FileRecord {
   readonly expiresS: number | null;
   readonly filename: string;
   readonly purpose: FilePurpose;
+  /** Whose it is; left out where tenants were not kept apart. */
+  readonly tenant?: string;
 }
 
 /** A page of a list, and whether more follows. */
@@ -123,19 +125,23 @@ export class FileRecords {
    * Files by the time of their creation.
    *
    * @param after id of the last file of the page before, or null.
+   * @param isShown which files there are for who asks.
    * @throws CaravanError `not_found` for an unknown `after`.
    */
-  async list({
-    purpose,
-    order,
-    after,
-    limit,
-  }: {
-    readonly purpose: string | null;
-    readonly order: 'asc' | 'desc';
-    readonly after: string | null;
-    readonly limit: number;
-  }): Promise<Page<FileRecord>> {
+  async list(
+    {
+      purpose,
+      order,
+      after,
+      limit,
+    }: {
+      readonly purpose: string | null;
+      readonly order: 'asc' | 'desc';
+      readonly after: string | null;
+      readonly limit: number;
+    },
+    isShown: (record: FileRecord) => boolean = () => true,
+  ): Promise<Page<FileRecord>> {
     const items: FileRecord[] = [];
     for (let at = await this.#rankAfter(after, order); ;) {
       const last = at + LIST_STEP - 1;
@@ -149,7 +155,7 @@ export class FileRecords {
       for (const text of texts) {
         if (text === null) continue;
         const record = JSON.parse(text) as FileRecord;
-        if (purpose !== null && record.purpose !== purpose) continue;
+        if ((purpose !== null && record.purpose !== purpose) || !isShown(record)) continue;
         if (items.length === limit) return { items, hasMore: true };
         items.push(record);
       }

@@ -7,34 +7,15 @@
  *
  * A request belongs to the tenant whose key it shows. A tenant without keys is named by the header `x-caravan-tenant`.
  * Whoever shows neither is `default`, if the file has it. Without a file everybody may name any tenant, with weight 1.
+ * With `--api-keys` every request needs a key, of that file or of this one.
  */
-import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
+import type { ApiKeys } from './api-keys.js';
+import { bearerKey, keyDigest, KeyRing } from './key-ring.js';
 import { DEFAULT_TENANT } from './queue-order.js';
-
-export interface Tenant {
-  readonly name: string;
-  /** Share of the engines, relative to other tenants. */
-  readonly weight: number;
-  /** Jobs that wait or run, at most; null for no limit. */
-  readonly maxJobs: number | null;
-  /** Prompt and output tokens that wait, at most. */
-  readonly maxQueuedTokens: number | null;
-  readonly requestsPerMinute: number | null;
-  /** The least priority number that its jobs may have. */
-  readonly mostUrgent: number;
-}
-
-/** What a request says of its tenant. */
-export interface TenantClaim {
-  readonly authorization: string | undefined;
-  /** The header `x-caravan-tenant`. */
-  readonly name: string | undefined;
-}
-
-export const tenantName = /^[\w.-]{1,64}$/;
+import { tenantName, type Tenant, type TenantClaim } from './tenant.js';
 
 const count = z.number().int().min(1).max(Number.MAX_SAFE_INTEGER).optional();
 const tenantEntry = z.strictObject({
@@ -50,36 +31,40 @@ const tenantsFile = z.strictObject({
   default: tenantEntry.omit({ keys: true }).optional(),
 });
 
-/** Keys are compared by their digests: how long that takes says nothing of them. */
-const digestOf = (key: string): string => createHash('sha256').update(key).digest('hex');
-
 export class Tenants {
-  readonly #byKey: ReadonlyMap<string, Tenant>;
+  readonly #byKey: KeyRing<Tenant>;
   readonly #byName: ReadonlyMap<string, Tenant>;
   /** Those with keys, too. */
   readonly #all: ReadonlyMap<string, Tenant>;
   /** Whether a name that is not known is a tenant, too. */
   readonly #isOpen: boolean;
+  readonly #apiKeys: ApiKeys | null;
 
   private constructor(
-    byKey: ReadonlyMap<string, Tenant>,
+    byKey: KeyRing<Tenant>,
     byName: ReadonlyMap<string, Tenant>,
     all: ReadonlyMap<string, Tenant>,
-    isOpen: boolean,
+    { isOpen, apiKeys }: { readonly isOpen: boolean; readonly apiKeys: ApiKeys | null },
   ) {
     this.#all = all;
     this.#byKey = byKey;
     this.#byName = byName;
     this.#isOpen = isOpen;
+    this.#apiKeys = apiKeys;
   }
 
   /** Everybody may name any tenant. */
   static open(): Tenants {
-    return new Tenants(new Map(), new Map(), new Map(), true);
+    return new Tenants(new KeyRing(), new Map(), new Map(), { isOpen: true, apiKeys: null });
+  }
+
+  /** Tenants are those that have keys, and all weigh the same. */
+  static keyed(apiKeys: ApiKeys): Tenants {
+    return new Tenants(new KeyRing(), new Map(), new Map(), { isOpen: false, apiKeys });
   }
 
   /** @throws CaravanError `bad_usage` naming the file and what is wrong with it. */
-  static read(path: string): Tenants {
+  static read(path: string, apiKeys: ApiKeys | null = null): Tenants {
     const refuse = (reason: string, cause?: unknown): never => {
       throw new CaravanError('bad_usage', `--tenants ${path}: ${reason}`, { cause });
     };
@@ -94,7 +79,7 @@ export class Tenants {
       const issue = parsed.error.issues[0]!;
       return refuse(`${issue.path.join('.')}: ${issue.message}`);
     }
-    const byKey = new Map<string, Tenant>();
+    const byKey = new KeyRing<Tenant>();
     const byName = new Map<string, Tenant>();
     const all = new Map<string, Tenant>();
     const { tenants = {}, default: anyone } = parsed.data;
@@ -103,24 +88,43 @@ export class Tenants {
       all.set(name, tenant);
       if (keys === undefined) byName.set(name, tenant);
       for (const key of keys ?? []) {
-        const digest = digestOf(key);
-        if (byKey.has(digest)) return refuse(`tenants.${name}: a key belongs to another, too`);
-        byKey.set(digest, tenant);
+        if (byKey.add(keyDigest(key), tenant) !== undefined) {
+          return refuse(`tenants.${name}: a key belongs to another, too`);
+        }
       }
     }
-    if (anyone !== undefined) byName.set(DEFAULT_TENANT, tenantOf(DEFAULT_TENANT, anyone));
-    return new Tenants(byKey, byName, all, false);
+    if (anyone !== undefined) {
+      const tenant = tenantOf(DEFAULT_TENANT, anyone);
+      byName.set(DEFAULT_TENANT, tenant);
+      if (!all.has(DEFAULT_TENANT)) all.set(DEFAULT_TENANT, tenant);
+    }
+    return new Tenants(byKey, byName, all, { isOpen: false, apiKeys });
   }
 
-  /** @throws CaravanError `unauthorized`, `invalid_request` for a name that cannot be one. */
+  /** Whether requests may be refused for what they say of their tenant: then tenants do not see what others have. */
+  get areApart(): boolean {
+    return !this.#isOpen;
+  }
+
+  /** @throws CaravanError `invalid_api_key`, `invalid_request` for a name that cannot be one. */
   find({ authorization, name }: TenantClaim): Tenant {
-    const key = /^Bearer +(\S+)$/i.exec(authorization ?? '')?.[1];
+    const key = bearerKey(authorization);
     if (!this.#isOpen && key !== undefined) {
-      const tenant = this.#byKey.get(digestOf(key));
-      if (tenant === undefined) throw new CaravanError('unauthorized', 'the API key is not known');
-      return tenant;
+      const owner = this.#apiKeys?.tenantOf(key);
+      const tenant = owner === undefined ? this.#byKey.ownerOf(key) : this.trusted(owner);
+      if (tenant !== undefined) return tenant;
+      throw new CaravanError('invalid_api_key', 'the API key is not known');
+    }
+    // A tenant whose last key was taken from the file must not become one that anybody may name.
+    if (this.#apiKeys !== null) {
+      throw new CaravanError('invalid_api_key', 'an API key is needed: Authorization: Bearer KEY');
     }
     return this.#named(name ?? DEFAULT_TENANT);
+  }
+
+  /** Whether a tenant may see what belongs to `owner`; what belongs to nobody is of the default one. */
+  mayMind(tenant: Tenant, owner: string | undefined): boolean {
+    return this.#isOpen || tenant.name === (owner ?? DEFAULT_TENANT);
   }
 
   /** For whoever may reach Redis itself: no key is asked for. @throws CaravanError `invalid_request`. */
@@ -139,8 +143,10 @@ export class Tenants {
     const tenant = this.#byName.get(name) ?? (this.#isOpen ? tenantOf(name, {}) : undefined);
     if (tenant !== undefined) return tenant;
     throw new CaravanError(
-      'unauthorized',
-      name === DEFAULT_TENANT ? 'an API key is needed' : `tenant ${name} needs its API key`,
+      'invalid_api_key',
+      name === DEFAULT_TENANT
+        ? 'an API key is needed: Authorization: Bearer KEY'
+        : `tenant ${name} needs its API key`,
     );
   }
 }

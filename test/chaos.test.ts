@@ -75,7 +75,8 @@ const keyOf = (run: string, { number }: ChaosJob): string => `${run} ${SEED} ${n
 
 const idOf = (run: string, job: ChaosJob): string => {
   const { route, body, isStream } = job;
-  return idempotencyKeyOf(keyOf(run, job), '', route, { ...body, stream: isStream })!.jobId;
+  return idempotencyKeyOf(keyOf(run, job), ['default', ''], route, { ...body, stream: isStream })!
+    .jobId;
 };
 
 /** All jobs, so many at a time. */

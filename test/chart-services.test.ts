@@ -76,6 +76,38 @@ void test('HTTPS ends at the Ingress, at the gateway, or at both', { skip }, () 
 });
 
 void test(
+  'API keys are mounted as a folder, from a Secret that is there or one of the chart',
+  { skip },
+  () => {
+    const hash = 'f'.repeat(64);
+    for (const [apiKeys, secretName, file] of [
+      [{ secretName: 'keys', secretKey: 'list' }, 'keys', 'list'],
+      [{ inline: ['acme:sk-0123456789abcdef', `b:sha256:${hash}`] }, 'llama-api-keys', 'keys'],
+    ] as const) {
+      const objects = render({ gateway: { apiKeys } });
+      const { spec } = podOf(objects, 'Deployment', 'llama-gateway');
+      const [container] = spec.containers;
+      assert.ok(container!.args.includes(`--api-keys=/etc/caravan/api-keys/${file}`));
+      const volume = spec.volumes!.find(({ name }) => name === 'api-keys');
+      assert.deepEqual(at(volume, 'secret'), { secretName, defaultMode: 0o440 });
+      // With a subPath a change of the Secret would never be seen.
+      const mount = container!.volumeMounts!.find(({ name }) => name === 'api-keys');
+      assert.deepEqual(mount, {
+        ...{ name: 'api-keys', mountPath: '/etc/caravan/api-keys', readOnly: true },
+      });
+      if (!('inline' in apiKeys)) continue;
+      const secret = find(objects, 'Secret', secretName);
+      assert.deepEqual(at(secret, 'stringData'), { keys: `${apiKeys.inline.join('\n')}\n` });
+    }
+    const plain = podOf(render({}), 'Deployment', 'llama-gateway').spec.containers[0]!.args;
+    assert.ok(plain.every((arg) => !arg.startsWith('--api-keys')));
+    const both = { secretName: 'keys', inline: ['acme:sk-0123456789abcdef'] };
+    assert.throws(() => render({ gateway: { apiKeys: both } }), /either secretName or inline/);
+    assert.throws(() => render({ gateway: { apiKeys: { inline: ['acme sk-0123'] } } }), /inline/);
+  },
+);
+
+void test(
   'gateways are scaled by CPU and by open streams, spread and kept from going together',
   { skip },
   () => {

@@ -49,6 +49,14 @@ const switches: readonly Variant[] = [
     values: files({ kind: 's3', url: 's3://bucket/files?region=eu', secretName: 's3' }),
   },
   {
+    title: 'gateways with API keys of a Secret',
+    values: { gateway: { apiKeys: { secretName: 'keys' } } },
+  },
+  {
+    title: 'gateways with API keys of the values',
+    values: { gateway: { apiKeys: { inline: ['acme:sk-0123456789abcdef'] } } },
+  },
+  {
     title: 'gateways scaled by CPU',
     values: { gateway: { autoscaling: { enabled: true } } },
   },

@@ -176,7 +176,7 @@ void test('tenants have keys, weights and quotas', async (context) => {
   const gateway = await open(context, {}, tenants);
   const as = (apiKey: string) => ({ authorization: `Bearer ${apiKey}` });
   const nobody = await ask(gateway, {});
-  assert.deepEqual([nobody.status, nobody.error?.code], [401, 'unauthorized']);
+  assert.deepEqual([nobody.status, nobody.error?.code], [401, 'invalid_api_key']);
   assert.equal((await ask(gateway, {}, as('sk-unknown'))).status, 401);
   assert.equal((await ask(gateway, {}, { 'x-caravan-tenant': 'acme' })).status, 401);
   assert.equal((await fetch(`${gateway.url}/v1/models`)).status, 401);

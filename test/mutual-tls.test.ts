@@ -4,7 +4,7 @@ import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import { after, test } from 'node:test';
 import fs from 'node:fs';
-import { credentials } from '@grpc/grpc-js';
+import { credentials, Metadata, status } from '@grpc/grpc-js';
 import { planGroup } from '../coordinator/group-spec.js';
 import { workerEntry } from '../coordinator/package-root.js';
 import { Ranks } from '../coordinator/ranks.js';
@@ -12,9 +12,11 @@ import { ScalerServer } from '../coordinator/scaler.js';
 import { WorkMeter } from '../coordinator/work.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
 import { ExternalScalerClient } from '../proto/gen/externalscaler.js';
+import { JobsClient } from '../proto/gen/jobs.js';
 import { linkSecurity, type LinkSecurity } from '../proto/link-security.js';
 import { Authority, type Leaf } from './certificates.js';
 import { cleanEnvironment } from './environment.js';
+import { startGateway } from './gateway.js';
 
 const limit = { timeout: 90_000 };
 const authority = new Authority();
@@ -197,6 +199,40 @@ void test('the scaler lets in only who has a certificate', limit, async () => {
   assert.equal(await ask(credentials.createSsl(ca, key, cert)), true);
   await assert.rejects(ask(credentials.createSsl(ca)));
   await assert.rejects(ask(credentials.createInsecure()));
+});
+
+void test('jobs over gRPC are served only to who has a certificate', limit, async () => {
+  const gateway = await startGateway(undefined, { security: leafOf(authority.leaf('gateway')) });
+  const address = `127.0.0.1:${gateway.grpcPort}`;
+  const submit = (channel: ReturnType<typeof credentials.createSsl>): Promise<string> => {
+    const client = new JobsClient(address, channel);
+    const prompt = { $case: 'text', text: 'A' } as const;
+    const deadline = { deadline: Date.now() + 20_000 };
+    return new Promise<string>((resolve, reject) => {
+      client.submit({ prompt, stop: [] }, new Metadata(), deadline, (error, job) => {
+        if (error === null) resolve(job.status);
+        else reject(error);
+      });
+    }).finally(() => {
+      client.close();
+    });
+  };
+  const bytesOf = ({ certPath, keyPath }: Leaf) =>
+    [keyPath, certPath].map((file) => fs.readFileSync(file)) as [Buffer, Buffer];
+  const ca = fs.readFileSync(authority.caPath);
+  try {
+    const [key, cert] = bytesOf(authority.leaf('caller'));
+    assert.equal(await submit(credentials.createSsl(ca, key, cert)), 'waiting');
+    const unreached = { code: status.UNAVAILABLE };
+    await assert.rejects(submit(credentials.createSsl(ca)), unreached);
+    await assert.rejects(submit(credentials.createInsecure()), unreached);
+    const [strangersKey, strangersCert] = bytesOf(stranger.leaf('intruder'));
+    const intruder = credentials.createSsl(ca, strangersKey, strangersCert);
+    await assert.rejects(submit(intruder), unreached);
+    assert.equal((await gateway.jobIds()).length, 1);
+  } finally {
+    await gateway.stop();
+  }
 });
 
 void test('certificates that are not whole are refused at start, by flag', () => {

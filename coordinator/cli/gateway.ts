@@ -2,6 +2,7 @@
 import path from 'node:path';
 import type { Command } from 'commander';
 import { linkSecurity } from '../../proto/link-security.js';
+import { ApiKeys } from '../api-keys.js';
 import { runGateway } from '../gateway.js';
 import { HttpCertificate } from '../http-certificate.js';
 import { drainTimeoutMs, listenForShutdown, openLog, reportReady } from '../process.js';
@@ -33,6 +34,7 @@ export function register(program: Command): void {
       'webhookSecret',
       'webhookAllow',
       ...intakeSettingNames,
+      'apiKeys',
       'maxBodyBytes',
       'logLevel',
     ],
@@ -43,11 +45,13 @@ export function register(program: Command): void {
     const { redis, host, port, scalerPort, grpcPort, logLevel } = s;
     const { queueBoard, webhookSecret, webhookAllow } = s;
     const folder = path.join(defaultStateFolder(process.env), 'files');
-    const intake = intakeSettings(s);
+    const apiKeys = s.apiKeys === undefined ? null : ApiKeys.read(s.apiKeys);
+    const intake = intakeSettings(s, apiKeys);
     const limits = await fileSettings(s, folder);
     const { maxBodyBytes } = s;
     const { draining, stopping } = listenForShutdown(drainTimeoutMs(s));
     const log = openLog('gateway', logLevel);
+    apiKeys?.watch(log);
     await runGateway(
       {
         redisUrl: redis,

@@ -5,15 +5,18 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Command } from 'commander';
 import type { Logger } from 'pino';
 import { CaravanError } from '../../proto/errors.js';
+import { linkSecurity } from '../../proto/link-security.js';
 import { deviceOfRank } from '../../model/device-name.js';
 import type { LoadProgress } from '../../proto/gen/cluster.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup, weightCacheSettingNames } from '../group-spec.js';
+import { ApiKeys } from '../api-keys.js';
+import type { ServedAddresses } from '../gateway.js';
 import { LoadBars } from '../load-bars.js';
 import { openChecked } from '../local-group.js';
 import { rankExecArgv, threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
 import { fileSettingNames } from '../file-settings.js';
-import { intakeSettingNames } from '../intake-settings.js';
+import { intakeSettingNames, intakeSettings } from '../intake-settings.js';
 import { openLog } from '../process.js';
 import { defaultStateFolder, freePort, holdStateFolder } from '../state-folder.js';
 import { Store } from '../store.js';
@@ -40,12 +43,29 @@ const settingNames = [
   'redis',
   'stateDir',
   ...fileSettingNames,
+  'grpcPort',
+  'tlsCert',
+  'tlsKey',
+  'tlsCa',
   'webhookSecret',
   'webhookAllow',
   ...intakeSettingNames,
+  'apiKeys',
+  'apiKey',
   'maxBodyBytes',
   'aging',
   'logLevel',
+] as const;
+
+/** Those that are the gateway's alone, and handed on as they are. */
+const gatewaySettingNames = [
+  ...intakeSettingNames,
+  'grpcPort',
+  'tlsCert',
+  'tlsKey',
+  'tlsCa',
+  'apiKeys',
+  'maxBodyBytes',
 ] as const;
 
 export function register(program: Command): void {
@@ -102,11 +122,14 @@ class Caravan {
     }
     try {
       const started = this.#start();
-      const url = await Promise.race([started, interrupted]);
-      if (url !== undefined) {
-        process.stdout.write(`caravan serves ${url}\n`);
+      const served = await Promise.race([started, interrupted]);
+      if (served !== undefined) {
+        const { url, grpcPort } = served;
+        const { host, apiKey } = this.#settings;
+        const rpc = grpcPort === null ? '' : `jobs over gRPC at ${host}:${grpcPort}\n`;
+        process.stdout.write(`caravan serves ${url}\n${rpc}`);
         if (question !== null) {
-          await Promise.race([askOnce(url, question, process.stdout), interrupted]);
+          await Promise.race([askOnce(url, apiKey, question, process.stdout), interrupted]);
         }
         if (!isOnce) await interrupted;
       }
@@ -119,10 +142,11 @@ class Caravan {
     process.exit(0);
   }
 
-  /** @returns the gateway's address. */
-  async #start(): Promise<string> {
+  async #start(): Promise<Pick<ServedAddresses, 'url' | 'grpcPort'>> {
     const s = this.#settings;
-    // What is wrong with the model is said before any process starts.
+    // What is wrong with the model, or with files that the gateway reads, is said before any process starts.
+    intakeSettings(s, s.apiKeys === undefined ? null : ApiKeys.read(s.apiKeys));
+    linkSecurity(s);
     const checkpoint = openChecked(s.model, s.tp);
     const { tp } = s;
     const { weights } = planGroup(checkpoint, tp, { ...s, maxStepRows: DEFAULT_MAX_STEP_ROWS });
@@ -173,7 +197,7 @@ class Caravan {
     }
     gatewayArgs.push(...optional('webhookSecret', s.webhookSecret));
     if (s.webhookAllow.length > 0) gatewayArgs.push('--webhook-allow', s.webhookAllow.join(','));
-    for (const name of [...intakeSettingNames, 'maxBodyBytes'] as const) {
+    for (const name of gatewaySettingNames) {
       if (s[name] !== undefined) gatewayArgs.push(flagOf(name), String(s[name]));
     }
     this.#gateway = this.#supervise(nodeChild('gateway', cliEntry, gatewayArgs));
@@ -181,7 +205,7 @@ class Caravan {
       bars.end();
     });
     const [, gateway] = await Promise.all([serving, this.#gateway.start()]);
-    return String(gateway['url']);
+    return { url: String(gateway['url']), grpcPort: gateway['grpcPort'] as number | null };
   }
 
   async #startRedis(): Promise<string> {
