@@ -50,7 +50,7 @@ function multiplyHigh(a: number, b: number): number {
 /**
  * A coin in [0, 1), with 53 random bits.
  *
- * @param seed a safe integer, negative ones included.
+ * @param seed an integer; its lower 64 bits count.
  * @param sequenceIndex number of the sequence within its job.
  * @param position number of the generated token.
  */

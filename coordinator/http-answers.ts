@@ -112,6 +112,8 @@ function positionsOf(eventId: string | string[] | undefined, count: number): Pos
   return positions.map((match) => ({ offset: Number(match![1]), endPart: Number(match![2] ?? 0) }));
 }
 
+type SendChunk = (chunk: object, event?: { readonly id: string }) => Promise<void>;
+
 /** One client that reads one job. */
 class Answer {
   readonly #routes: AnswerRoutes;
@@ -148,6 +150,9 @@ class Answer {
     const head = this.#head;
     const { request, tokenizer } = head;
     const stream = new EventStream(reply, headers);
+    // Whoever is told the usage at the end is told with every chunk before that there is none yet, as OpenAI does.
+    const send: SendChunk = (chunk, event) =>
+      stream.send(includesUsage ? { ...chunk, usage: null } : chunk, event);
     const choices = Array.from(
       { length: sequenceCount(request) },
       (_, index) => new Choice(sequenceRequest(request, index), tokenizer),
@@ -158,7 +163,7 @@ class Answer {
       if (head.kind === 'chat' && from === null) {
         for (const index of choices.keys()) {
           const first = { index, text: '', tokens: [], finishReason: null };
-          await stream.send(chunkBody(head, first, { isFirst: true }));
+          await send(chunkBody(head, first, { isFirst: true }));
         }
       }
       // What a later piece means may depend on all before it: then it is read again, in silence.
@@ -177,11 +182,10 @@ class Answer {
         const choice = choices[index]!;
         if (unspoken.delete(index)) {
           const piece = choice.prompt(await answers.promptLogprobs(head, index));
-          if (from === null)
-            await stream.send(chunkBody(head, { ...piece, index, finishReason: null }));
+          if (from === null) await send(chunkBody(head, { ...piece, index, finishReason: null }));
         }
         if (kind === 'finish') {
-          await this.#sendFinish(stream, choice, event, positions);
+          await this.#sendFinish(send, choice, event, positions);
           continue;
         }
         const piece = choice.push(restAfter(positions[index]!.offset, event, choice));
@@ -190,7 +194,7 @@ class Answer {
         const isSilent = piece.deltas?.length === 0 || piece.text === '';
         if (isSilent && piece.tokens.length === 0) continue;
         const shown = { ...piece, index, finishReason: null };
-        await stream.send(chunkBody(head, shown), { id: idOf(positions) });
+        await send(chunkBody(head, shown), { id: idOf(positions) });
       }
     } catch (thrown) {
       // The status line is long gone: the error is an event, as OpenAI's clients expect.
@@ -202,7 +206,7 @@ class Answer {
 
   /** The end has two parts with ids of their own: the text that was held back, and the reason. */
   async #sendFinish(
-    stream: EventStream,
+    send: SendChunk,
     choice: Choice,
     { index, endOffset, text, finishReason }: Extract<AnswerEvent, { kind: 'finish' }>,
     positions: Position[],
@@ -212,13 +216,13 @@ class Answer {
     if ((piece.text !== '' || piece.tokens.length > 0) && endPart < 1) {
       positions[index] = { offset: endOffset, endPart: 1 };
       const shown = { ...piece, index, finishReason: null };
-      await stream.send(chunkBody(this.#head, shown), { id: idOf(positions) });
+      await send(chunkBody(this.#head, shown), { id: idOf(positions) });
     }
     positions[index] = { offset: endOffset, endPart: 2 };
     if (endPart < 2) {
       const { callCount } = choice;
       const shown = { index, text: '', tokens: [], finishReason, callCount };
-      await stream.send(chunkBody(this.#head, shown), { id: idOf(positions) });
+      await send(chunkBody(this.#head, shown), { id: idOf(positions) });
     }
   }
 }

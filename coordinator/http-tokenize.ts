@@ -2,6 +2,7 @@
 import type { FastifyInstance } from 'fastify';
 import type { Models } from './models.js';
 import { modelNameOf } from './openai.js';
+import { spokenMessages } from './openai-messages.js';
 import { parseBody, refuse } from './openai-refusal.js';
 import { detokenizeBody, tokenizeBody } from './openai-tokens.js';
 
@@ -10,7 +11,7 @@ export function addTokenizeRoutes(app: FastifyInstance, { models }: { models: Mo
     const { card, tokenizer, chat } = await models.find(modelNameOf(body));
     const parsed = parseBody(tokenizeBody, body, 'prompt');
     let tokens: readonly number[];
-    if ('messages' in parsed) tokens = chat.render(parsed.messages);
+    if ('messages' in parsed) tokens = chat.render(spokenMessages(parsed.messages));
     else {
       const prefix = parsed.add_special_tokens === false ? [] : tokenizer.prefixTokenIds;
       tokens = [...prefix, ...tokenizer.encode(parsed.prompt)];

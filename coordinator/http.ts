@@ -59,6 +59,11 @@ export function createHttpServer(
   // Clients that forget the content type mean JSON.
   app.removeAllContentTypeParsers();
   app.addContentTypeParser('*', { parseAs: 'string' }, (_request, text, done) => {
+    // Some clients give a type to a body that they do not send.
+    if (text === '') {
+      done(null, undefined);
+      return;
+    }
     try {
       done(null, parseJson(text as string));
     } catch (cause) {

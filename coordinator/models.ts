@@ -30,7 +30,7 @@ export class Models {
   /**
    * The model of this name; without a name, the only one there is.
    *
-   * @throws CaravanError `not_found` naming the models that there are, or `invalid_request`.
+   * @throws CaravanError `model_not_found` naming the models that there are, or `invalid_request`.
    */
   async find(name: string | null): Promise<ServedModel> {
     let cards = await this.#freshCards();
@@ -47,7 +47,7 @@ export class Models {
     const card = name === null ? cards[0] : cards.find((candidate) => candidate.name === name);
     if (card === undefined) {
       const asked = name === null ? 'no model is there' : `the model ${name} does not exist`;
-      throw new CaravanError('not_found', `${asked}; models: ${names}`, { param: 'model' });
+      throw new CaravanError('model_not_found', `${asked}; models: ${names}`, { param: 'model' });
     }
     const version: number = card.version;
     if (version > CARD_VERSION) {

@@ -99,7 +99,7 @@ export const chatCompletionChunk = z.object({
       finish_reason: chatReason.nullable(),
     }),
   ),
-  usage: usage.optional(),
+  usage: usage.nullish(),
 });
 
 const completionOf = <R extends z.ZodType>(reason: R) => ({
@@ -121,7 +121,7 @@ export const completion = z.object({ ...completionOf(completionReason), usage })
 
 export const completionChunk = z.object({
   ...completionOf(completionReason.nullable()),
-  usage: usage.optional(),
+  usage: usage.nullish(),
 });
 
 const outputText = z.object({

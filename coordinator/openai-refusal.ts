@@ -26,5 +26,10 @@ export function parseBody<T extends z.ZodType>(schema: T, body: unknown, field =
   if (parsed.success) return parsed.data;
   const issue = parsed.error.issues[0];
   const path = issue?.path.join('.') ?? '';
-  return refuse(path === '' ? field : path, issue?.message ?? 'is wrong');
+  const value = (issue?.path ?? []).reduce<unknown>(
+    (outer, key) => (outer as Record<PropertyKey, unknown> | undefined)?.[key],
+    body,
+  );
+  const got = typeof value === 'number' || typeof value === 'boolean' ? `, got ${value}` : '';
+  return refuse(path === '' ? field : path, `${issue?.message ?? 'is wrong'}${got}`);
 }

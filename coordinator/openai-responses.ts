@@ -1,7 +1,7 @@
 /** POST /v1/responses: OpenAI's body, turned into that of a chat. */
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
-import { parseChat, type Asked, type ServedModel } from './openai.js';
+import { parseChat, seedField, type Asked, type ServedModel } from './openai.js';
 import { parseBody, refuse } from './openai-refusal.js';
 import { functionFields } from './openai-tools.js';
 import type { ResponseMessage } from './store-responses.js';
@@ -50,10 +50,14 @@ export const responseBody = z.object({
   max_output_tokens: z.number().int().min(1).nullish(),
   temperature: z.number().min(0).max(2).nullish(),
   top_p: z.number().gt(0).max(1).nullish(),
-  seed: z.number().int().nullish(),
+  seed: seedField.nullish(),
   metadata: z.record(z.string(), z.string()).nullish(),
   user: z.string().nullish(),
   background: z.literal(false, { error: 'answers in the background are not supported' }).nullish(),
+  conversation: z
+    .null({ error: 'conversations are not kept: previous_response_id continues a response' })
+    .optional(),
+  prompt: z.null({ error: 'there are no stored prompts' }).optional(),
   text: z
     .object({
       format: z.looseObject({ type: z.enum(['text', 'json_object', 'json_schema']) }).nullish(),

@@ -9,6 +9,7 @@ import type { ChatTemplate } from '../model/chat-template.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import type { CallsSpec, GrammarCache } from './grammar.js';
+import { spokenMessages } from './openai-messages.js';
 import { asObject, parseBody, refuse } from './openai-refusal.js';
 import { promptField, promptsOf } from './openai-prompts.js';
 import { grammarOf, shapeFields } from './openai-shape.js';
@@ -56,6 +57,13 @@ const maybe = <T extends z.ZodType>(schema: T) => schema.nullish();
 
 const stopText = z.string().min(1).max(MAX_STOP_CHARACTERS);
 
+/** 64 bits, as OpenAI's; JSON keeps 53 of them where there are more. */
+export const seedField = z
+  .number()
+  .min(-(2 ** 63))
+  .max(2 ** 63)
+  .refine(Number.isInteger, { error: 'must be a whole number' });
+
 /** Who is told of the end; of batches too. */
 export const webhookField = z.object({ url: z.string() });
 
@@ -72,7 +80,7 @@ const common = {
   frequency_penalty: maybe(z.number().min(-2).max(2)),
   repetition_penalty: maybe(z.number().gt(0).max(10)),
   logit_bias: maybe(z.record(z.string().regex(/^\d{1,9}$/), z.number().min(-100).max(100))),
-  seed: maybe(z.number().int()),
+  seed: maybe(seedField),
   stop: maybe(
     z.union([stopText, z.array(stopText).max(MAX_STOPS)], {
       error: `must be a text, or at most ${MAX_STOPS}, of 1 to ${MAX_STOP_CHARACTERS} characters each`,
@@ -153,10 +161,14 @@ export function modelNameOf(body: unknown): string | null {
  */
 export function parseChat(body: unknown, model: ServedModel): Asked {
   const parsed = parse(chatBody, body);
-  const messages = parsed.messages.map(({ content, ...message }) => ({
-    ...message,
-    content: Array.isArray(content) ? content.map(({ text }) => text).join('') : (content ?? null),
-  }));
+  const messages = spokenMessages(
+    parsed.messages.map(({ content, ...message }) => ({
+      ...message,
+      content: Array.isArray(content)
+        ? content.map(({ text }) => text).join('')
+        : (content ?? null),
+    })),
+  );
   const { chat } = model;
   const offered = offeredTools(parsed, chat.tagsCalls === true ? 'tags' : 'array');
   const promptTokenIds = chat.knowsTools
@@ -253,9 +265,6 @@ function finish(
         `must hold at least one more`,
       { param: field },
     );
-  }
-  if (body.seed != null && !Number.isSafeInteger(body.seed)) {
-    refuse('seed', `${body.seed} is beyond 2^53`);
   }
   const stop = typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []);
   const ignoreEos = body.ignore_eos ?? false;

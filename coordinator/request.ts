@@ -16,7 +16,7 @@ export interface Sampling {
   readonly minP?: number;
   /** How logits are changed before anything else; left out where they are not. */
   readonly adjustment?: LogitAdjustment;
-  /** Safe integer; the same seed draws the same coins. Drawn at submit when the client gave none. */
+  /** An integer of 64 bits at most; the same seed draws the same coins. Drawn at submit when the client gave none. */
   readonly seed: number;
 }
 

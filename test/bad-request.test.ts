@@ -61,7 +61,7 @@ const chats: readonly Case[] = [
   [{ messages: user, top_k: -2 }, 'top_k', />=-1/],
   [{ messages: user, max_tokens: 0 }, 'max_tokens', />=1/],
   [{ messages: user, max_completion_tokens: 1.5 }, 'max_completion_tokens', /int/],
-  [{ messages: user, seed: 2 ** 60 }, 'seed', /seed/],
+  [{ messages: user, seed: 2 ** 64 }, 'seed', /<=9223372036854776000, got 18446744073709552000/],
   [{ messages: user, stop: Array(17).fill('a') }, 'stop', /at most 16/],
   [{ messages: user, stop: '' }, 'stop', />=1 characters/],
   [{ messages: user, stream: 'yes' }, 'stream', /boolean/],
@@ -78,6 +78,11 @@ const chats: readonly Case[] = [
   [{ messages: user, tool_choice: 'required' }, 'tool_choice', /needs tools/],
   [{ messages: user, tool_choice: 'perhaps' }, 'tool_choice', /none, auto, required/],
   [{ messages: [...user, { role: 'assistant' }] }, 'messages.1.content', /must be a string/],
+  [
+    { messages: [...user, { role: 'tool', content: 'sunny', tool_call_id: 'c' }] },
+    'messages.1',
+    /must follow the assistant's that called it/,
+  ],
   [{ messages: user, functions: [{ name: 'f' }] }, 'functions', /not supported/],
   [
     { messages: user, response_format: { type: 'xml' } },
@@ -202,10 +207,18 @@ void test('unknown routes, models and jobs are a 404 in the same shape', async (
     fetch(`${gateway.url}/v1/jobs/job_none/events`),
     gateway.post('/v1/chat/completions', { model: 'nobody', messages: user }),
   ];
+  const codes: unknown[] = [];
   for (const response of await Promise.all(asked)) {
     assert.equal(response.status, 404, response.url);
-    assert.equal((await refusalOf(response)).code, 'not_found');
+    codes.push((await refusalOf(response)).code);
   }
+  assert.deepEqual(codes, ['not_found', 'model_not_found', 'not_found', 'model_not_found']);
+  // A type without a body, as some clients send it, is no JSON that is wrong.
+  const headers = { 'content-type': 'application/json' };
+  const unknown = await fetch(`${gateway.url}/v1/responses/r`, { method: 'DELETE', headers });
+  assert.equal((await refusalOf(unknown)).code, 'not_found');
+  const empty = await fetch(`${gateway.url}/v1/completions`, { method: 'POST', headers });
+  assert.equal((await refusalOf(empty)).message, 'the body must be a JSON object');
 });
 
 void test('fields that ask for nothing, and unknown ones, are let pass', async () => {
@@ -240,6 +253,26 @@ void test('fields that ask for nothing, and unknown ones, are let pass', async (
   for await (const entry of gateway.journal.read(id, 0, 0, AbortSignal.timeout(30_000))) {
     assert.equal(entry.kind, 'end');
   }
+});
+
+void test('developers are systems, systems at the beginning are one message, and seeds have 64 bits', async () => {
+  const tokensOf = async (system: object[]): Promise<unknown> => {
+    const answer = await gateway.post('/tokenize', { messages: [...system, ...user] });
+    return ((await answer.json()) as { tokens: unknown }).tokens;
+  };
+  const system = [
+    { role: 'developer', content: 'Be kind.' },
+    { role: 'system', content: 'Be brief.' },
+  ];
+  const expected = await tokensOf([{ role: 'system', content: 'Be kind.\n\nBe brief.' }]);
+  assert.deepEqual(await tokensOf(system), expected);
+  const leaving = new AbortController();
+  const body = { messages: [...system, ...user], seed: -(2 ** 62), stream: true };
+  const response = await gateway.post('/v1/chat/completions', body, leaving.signal);
+  const { request } = (await gateway.journal.job(response.headers.get('x-caravan-job')!))!;
+  assert.deepEqual(request.promptTokenIds, expected);
+  assert.equal(request.sampling.seed, -(2 ** 62));
+  leaving.abort();
 });
 
 void test('penalties, biases and min_p travel with the job', async () => {
@@ -281,6 +314,7 @@ void test('models, health and metrics', async () => {
   );
   assert.equal((await fetch(`${gateway.url}/v1/models/${card.name}`)).status, 200);
   assert.equal((await fetch(`${gateway.url}/livez`)).status, 200);
+  assert.equal((await fetch(`${gateway.url}/health`)).status, 200);
   const unready = await fetch(`${gateway.url}/readyz`);
   assert.equal(unready.status, 503);
   assert.equal((await refusalOf(unready)).code, 'engine_unavailable');
@@ -295,7 +329,7 @@ void test('models, health and metrics', async () => {
   assert.match(metrics, /^caravan_http_requests_total\{route="\/readyz",status="503"\} 1$/m);
   assert.match(
     metrics,
-    /^caravan_http_requests_total\{route="\/v1\/chat\/completions",status="200"\} 1$/m,
+    /^caravan_http_requests_total\{route="\/v1\/chat\/completions",status="200"\} 2$/m,
   );
   assert.match(metrics, /^caravan_engines\{model="caravan-tiny"\} 1$/m);
   assert.match(metrics, /^caravan_queue_jobs\{model="caravan-tiny",state="waiting"\} \d+$/m);
@@ -312,7 +346,7 @@ void test('models, health and metrics', async () => {
 });
 
 void test('while Redis is dead or deaf every route says so within three seconds', async () => {
-  const routes = ['/readyz', '/readyz?engines=optional', '/v1/models', '/'];
+  const routes = ['/health', '/readyz', '/readyz?engines=optional', '/v1/models', '/'];
   const askAll = async (): Promise<void> => {
     const startMs = performance.now();
     const answers = await Promise.all([

@@ -163,7 +163,10 @@ void test('errors have the code and the field that the gateway says, or say what
     client.chat({ messages, temperature: 3 }),
     isCode('invalid_request', 'temperature'),
   );
-  await assert.rejects(client.chat({ messages, model: 'nobody' }), isCode('not_found', 'model'));
+  await assert.rejects(
+    client.chat({ messages, model: 'nobody' }),
+    isCode('model_not_found', 'model'),
+  );
   const long = { prompt: 'walked '.repeat(600) };
   await assert.rejects(client.complete(long), isCode('context_length_exceeded', 'prompt'));
   await assert.rejects(
@@ -328,7 +331,8 @@ void test('every route of the API was called, and held to the description', () =
   const all = Object.entries(api.document.paths).flatMap(([route, methods]) =>
     Object.keys(methods).map((method) => `${method} ${route}`),
   );
-  const others = ['get /', 'get /livez', 'get /readyz', 'get /metrics', 'get /openapi.json'];
+  const probes = ['get /health', 'get /livez', 'get /readyz', 'get /metrics'];
+  const others = ['get /', ...probes, 'get /openapi.json'];
   const uncalled = all.filter((each) => !api.seen.has(each) && !others.includes(each));
   assert.deepEqual(uncalled, ['post /v1/batches/{id}/cancel']);
 });

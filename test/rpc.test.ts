@@ -187,7 +187,7 @@ void test('refusals are statuses of the one table, with the code and the field',
     [{ ...text('a'), extraJson: '[]' }, invalid, 'invalid_request', 'extra_json'],
     [{ ...text('a'), extraJson: '{"echo": 1}' }, invalid, 'invalid_request', 'echo'],
     [{ ...text('walked '.repeat(600)) }, invalid, 'context_length_exceeded', 'prompt'],
-    [{ ...text('a'), model: 'nobody' }, status.NOT_FOUND, 'not_found', 'model'],
+    [{ ...text('a'), model: 'nobody' }, status.NOT_FOUND, 'model_not_found', 'model'],
   ];
   for (const [fields, code, caravanCode, param] of refused) {
     await assert.rejects(submit(fields), isStatus(code, caravanCode, param));
