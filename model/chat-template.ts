@@ -11,6 +11,7 @@ import { CaravanError } from '../proto/errors.js';
 import { JinjaTemplate, TemplateRefusal } from './jinja-template.js';
 import { renderLlama2Chat } from './llama2-chat.js';
 import { markFor, TextMarker } from './marked-text.js';
+import { onOneLine } from './quoted.js';
 import { readJson, readTokenizerConfig, type Tokenizer } from './tokenizer.js';
 
 /** As OpenAI's, after validation. A template may read any member. */
@@ -69,7 +70,10 @@ export function openChatTemplate(
     const error =
       thrown instanceof CaravanError
         ? thrown
-        : new CaravanError('unsupported_model', `chat_template: cannot be read: ${reason}`);
+        : new CaravanError(
+            'unsupported_model',
+            `chat_template: cannot be read: ${onOneLine(reason)}`,
+          );
     return {
       knowsTools: false,
       render: () => {
@@ -174,7 +178,7 @@ class JinjaChat implements ChatTemplate {
     if (withTools === null) {
       throw new CaravanError(
         'unsupported_model',
-        `chat_template: has ${[...sources.keys()].join(', ')}, and none of the name default`,
+        `chat_template: has ${onOneLine([...sources.keys()].join(', '))}, and none of the name default`,
       );
     }
     this.#plain = plain ?? withTools;
@@ -270,7 +274,7 @@ class JinjaChat implements ChatTemplate {
       });
     } catch (thrown) {
       const message = thrown instanceof Error ? thrown.message : String(thrown);
-      const line = message.replace(/\s+/g, ' ').trim();
+      const line = onOneLine(message).replace(/\s+/g, ' ').trim();
       if (thrown instanceof TemplateRefusal) return refuse(line);
       return refuse(`messages: the model's chat template fails on them: ${line}`);
     }

@@ -113,7 +113,7 @@ function addsTokens(json: unknown, count: number): boolean {
   const { added_tokens: added } = (json ?? {}) as { added_tokens?: unknown };
   return (
     Array.isArray(added) &&
-    added.some((token) => ((token as { id?: unknown }).id as number) >= count)
+    added.some((token) => ((token as { id?: unknown } | null)?.id as number) >= count)
   );
 }
 

@@ -1,19 +1,16 @@
 /**
- * Readers of .pth, safetensors, GGUF and SentencePiece files, of JSON beside them, and of kept weights, against damaged
- * input. CARAVAN_LONG=1 tries 100,000 inputs and more a reader.
+ * Readers of .pth (zip and pickle), safetensors, GGUF and SentencePiece files, and of kept weights, against damaged input;
+ * texts are in fuzzed-texts. CARAVAN_LONG=1 tries 100,000 inputs a reader.
  */
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { test } from 'node:test';
 import { embeddedModelPath, rankBytes } from '../model/checkpoint.js';
-import { parseHuggingFaceConfig, type LlamaConfig } from '../model/config.js';
 import { formatOf } from '../model/formats.js';
 import { readGgufFile } from '../model/gguf-file.js';
 import { openGguf } from '../model/gguf.js';
-import { parseMetaParams } from '../model/meta-params.js';
 import { planRanks, slicesOf } from '../model/plan.js';
 import { readPthFile } from '../model/pth.js';
 import { readSafetensorsHeader } from '../model/safetensors.js';
@@ -22,14 +19,10 @@ import type { StoredTensor } from '../model/stored-tensor.js';
 import { openTokenizer } from '../model/tokenizer.js';
 import { CaravanError } from '../proto/errors.js';
 import { DamagedWeights, WeightFileReader, WeightFileWriter } from '../worker/weight-file.js';
-import { byteLevelTokenizer, fileOf } from './byte-level-tokenizer.js';
-import { fuzz, spellReport, type FuzzTarget } from './fuzz.js';
+import { fuzzAll, JSON_WORDS, type FuzzTarget } from './fuzz.js';
 import { ggufBytes, uint64, value, valueTypes } from './gguf-writer.js';
 import { pickleOf, pthBytes, type PthTensor } from './pth-writer.js';
 import { tinyGguf } from './tiny-gguf.js';
-
-const isLong = process.env['CARAVAN_LONG'] === '1';
-const COUNT = isLong ? 120_000 : 6_000;
 
 /** Whatever was taken lies within its file; of formats that no slice is read of, the bytes that are named. */
 function assertWithin(tensors: ReadonlyMap<string, StoredTensor>, fileBytes: number): void {
@@ -172,90 +165,6 @@ const sentencePiece: FuzzTarget = {
   },
 };
 
-const jsonWords = [
-  ...['"', '{', '}', '[', ']', ',', ':', '-1', '1e400', '9007199254740993', 'null', 'true', '0.5'],
-  ...['\\n', '\\u2028', '"__proto__":', '[[[[[[', '""', '1e9', '4294967296'],
-];
-const text = (input: Buffer): string => input.toString('utf8');
-
-/** Whatever was taken is a network that can be planned. */
-function assertPlannable(config: LlamaConfig): void {
-  for (const size of [config.hiddenSize, config.layerCount, config.headCount, config.vocabSize]) {
-    assert.ok(Number.isSafeInteger(size) && size > 0, JSON.stringify(config));
-  }
-  assert.equal(config.headCount % config.kvHeadCount, 0);
-  planRanks(config, 1);
-}
-
-const configJson: FuzzTarget = {
-  seeds: [
-    {
-      ...{ model_type: 'llama', hidden_size: 64, intermediate_size: 172, num_hidden_layers: 5 },
-      ...{ num_attention_heads: 8, num_key_value_heads: 4, vocab_size: 512, rms_norm_eps: 1e-5 },
-      ...{ hidden_act: 'silu', max_position_embeddings: 512, rope_theta: 10_000 },
-      ...{ tie_word_embeddings: true, torch_dtype: 'float32' },
-    },
-    {
-      ...{ model_type: 'llama', hidden_size: 64, intermediate_size: 96, num_hidden_layers: 1 },
-      ...{ num_attention_heads: 4, vocab_size: 99, max_position_embeddings: 64 },
-      rms_norm_eps: 1e-6,
-      rope_scaling: {
-        ...{ rope_type: 'llama3', factor: 8, low_freq_factor: 1, high_freq_factor: 4 },
-        original_max_position_embeddings: 64,
-      },
-    },
-  ].map((json) => Buffer.from(JSON.stringify(json))),
-  words: [...jsonWords, '"rope_scaling":', '"type":"dynamic"', '"head_dim":', '"sliding_window":'],
-  isFile: false,
-  read: (input) => {
-    assertPlannable(parseHuggingFaceConfig(text(input), 'config.json'));
-  },
-};
-
-const paramsJson: FuzzTarget = {
-  seeds: [
-    {
-      ...{ dim: 4096, n_layers: 32, n_heads: 32, multiple_of: 256, norm_eps: 1e-5 },
-      vocab_size: -1,
-    },
-    {
-      ...{ dim: 8192, n_layers: 80, n_heads: 64, n_kv_heads: 8, multiple_of: 4096 },
-      ...{ ffn_dim_multiplier: 1.3, norm_eps: 1e-5, vocab_size: 32_000, rope_theta: 1e6 },
-    },
-  ].map((json) => Buffer.from(JSON.stringify(json))),
-  words: [...jsonWords, '"max_seq_len":', '"n_kv_heads":', '"use_scaled_rope":'],
-  isFile: false,
-  read: (input) => {
-    assertPlannable(parseMetaParams(text(input), 'params.json', () => 32_000));
-  },
-};
-
-const eosConfig = Buffer.from('{"bos_token_id": 0, "eos_token_id": 0}');
-const tokenizerJson: FuzzTarget = {
-  seeds: [
-    fileOf(byteLevelTokenizer([{ content: '<|im_end|>', special: true }]).json),
-    fileOf({
-      version: '1.0',
-      added_tokens: [{ id: 0, content: '<unk>', special: true }],
-      normalizer: { type: 'Prepend', prepend: '▁' },
-      decoder: { type: 'ByteFallback' },
-      model: {
-        ...{ type: 'BPE', unk_token: '<unk>', byte_fallback: true, fuse_unk: true },
-        ...{ vocab: { '<unk>': 0, '▁': 1, a: 2, '▁a': 3 }, merges: ['▁ a'] },
-      },
-    }),
-  ],
-  words: [...jsonWords, '"type":"Unigram"', '"merges":', '"vocab":', '"id":', '"Split"', '(a+)+$'],
-  isFile: false,
-  read: (input) => {
-    const files = { 'tokenizer.json': input, 'config.json': eosConfig };
-    const tokenizer = openTokenizer(new Map(Object.entries(files)));
-    assert.ok(tokenizer.vocabSize >= 0);
-    const ids = tokenizer.encode('a llama, end');
-    assert.ok(ids.every((id) => Number.isSafeInteger(id)));
-  },
-};
-
 const OWNER = { digest: 'f'.repeat(32), rank: 1 };
 async function weightFileBytes(arrays: Readonly<Record<string, number>>): Promise<Buffer> {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-weight-file-'));
@@ -287,7 +196,7 @@ const sealed = (bytes: Buffer): Buffer => {
 
 const weightFile: FuzzTarget = {
   seeds: weightSeeds,
-  words: [...jsonWords, 'CRVNWGT1', '"rank":', '"arrays":', '["a",10,"', 'ffff'],
+  words: [...JSON_WORDS, 'CRVNWGT1', '"rank":', '"arrays":', '["a",10,"', 'ffff'],
   isFile: true,
   read: (input, file) => {
     const whole = input.length % 2 === 0 ? sealed(input) : input;
@@ -308,21 +217,4 @@ const weightFile: FuzzTarget = {
   },
 };
 
-for (const [name, target] of Object.entries({
-  pth,
-  safetensors,
-  gguf,
-  'tokenizer.model': sentencePiece,
-  'tokenizer.json': tokenizerJson,
-  'config.json': configJson,
-  'params.json': paramsJson,
-  'kept weights': weightFile,
-})) {
-  void test(`${name}: ${COUNT} damaged inputs are taken or refused in one line`, (t) => {
-    const report = fuzz(target, COUNT, 20_231);
-    t.diagnostic(spellReport(report));
-    // Damages that change nothing of importance, and many that do.
-    assert.ok(report.accepted > COUNT / 100, String(report.accepted));
-    assert.ok(report.refusals.size > 8, String(report.refusals.size));
-  });
-}
+fuzzAll({ pth, safetensors, gguf, 'tokenizer.model': sentencePiece, 'kept weights': weightFile });

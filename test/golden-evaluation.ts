@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict';
 import { evaluate } from '../coordinator/evaluation.js';
 import { readTinyGolden, sharedGolden } from './golden.js';
+import { argmax, Oracle, prefill } from './oracle.js';
 import type { RankPool } from './rank-pool.js';
 
 const LIMITS = { maxSeqLen: 320, maxBatchSize: 1, maxStepRows: 320 };
@@ -27,6 +28,16 @@ export const tinyGoldens = (): Golden[] =>
     argmax: ids,
     firstArgmax: promptIds.length - 1,
   }));
+
+/** What the oracle makes of the weights of a folder in Hugging Face's layout, after each prompt. */
+export function oracleGoldens(folder: string, prompts: readonly (readonly number[])[]): Golden[] {
+  const oracle = new Oracle(folder);
+  return prompts.map((ids) => {
+    const logits = [...prefill(oracle, ids).logits];
+    const last = ids.length - 1;
+    return { ids, logits: new Map([[last, logits]]), argmax: [argmax(logits)], firstArgmax: last };
+  });
+}
 
 /** The largest difference of logits, after checking the tokens. */
 export async function differ(
