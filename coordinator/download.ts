@@ -7,12 +7,14 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { CaravanError } from '../proto/errors.js';
 import { PartialFile, type Piece, type RemoteFile } from './partial-file.js';
+import type { Web, WebResponse } from './web.js';
 
 export interface DownloadOptions {
+  readonly web: Web;
   /** For every request, by its URL. */
   readonly headers: Readonly<Record<string, string>>;
   /** What a status means that is neither success nor worth another try. */
-  readonly explain: (response: Response, name: string) => CaravanError;
+  readonly explain: (response: WebResponse, name: string) => CaravanError;
   readonly signal: AbortSignal;
   /** Hears of every byte that came, and of those that an earlier process left. */
   readonly onBytes: (name: string, byteCount: number) => void;
@@ -151,7 +153,7 @@ async function fetchPiece(
 class Busy extends Error {
   readonly pauseMs: number;
 
-  constructor(response: Response) {
+  constructor(response: WebResponse) {
     super(`the server answered ${response.status}`);
     const seconds = Number(response.headers.get('retry-after') ?? 0);
     this.pauseMs = Number.isFinite(seconds) ? Math.min(1000 * seconds, MAX_RETRY_MS) : 0;
@@ -163,7 +165,7 @@ async function* bytesOf(
   { name, url, bytes }: RemoteFile,
   start: number,
   end: number,
-  { headers, explain, stallMs = STALL_MS }: DownloadOptions,
+  { web, headers, explain, stallMs = STALL_MS }: DownloadOptions,
   signal: AbortSignal,
 ): AsyncGenerator<Uint8Array> {
   const stalled = new AbortController();
@@ -171,7 +173,7 @@ async function* bytesOf(
     stalled.abort(new Error(`nothing came for ${stallMs} ms`));
   }, stallMs);
   try {
-    const response = await fetch(url, {
+    const response = await web.fetch(url, {
       headers: { ...headers, range: `bytes=${start}-${end - 1}`, 'accept-encoding': 'identity' },
       signal: AbortSignal.any([signal, stalled.signal]),
     });
@@ -201,7 +203,7 @@ async function* bytesOf(
 }
 
 /** The byte that the answer begins with: 0 from a server that knows no ranges. */
-function checkRange(response: Response, name: string, start: number, bytes: number): number {
+function checkRange(response: WebResponse, name: string, start: number, bytes: number): number {
   const changed = (total: number): never => {
     throw new CaravanError(
       'checksum_mismatch',
@@ -219,11 +221,13 @@ function checkRange(response: Response, name: string, start: number, bytes: numb
   return range[2] === '*' || Number(range[2]) === bytes ? start : changed(Number(range[2]));
 }
 
-/** Node says "fetch failed" and keeps the reason in the cause. */
+/** Undici says "fetch failed" and keeps the reason in the cause, or in the cause of that. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
-  const { cause } = error;
-  const reason = cause instanceof Error ? cause.message : '';
+  // Both addresses of a host were tried, and each failed.
+  const cause: unknown =
+    error.cause ?? (error instanceof AggregateError ? (error.errors as unknown[])[0] : undefined);
+  const reason = cause instanceof Error ? reasonOf(cause) : '';
   return reason === '' ? error.message : reason;
 }
 

@@ -5,6 +5,7 @@ import { CaravanError } from '../proto/errors.js';
 import type { Checksum } from './checksum.js';
 import { reasonOf } from './download.js';
 import type { RemoteFile } from './partial-file.js';
+import type { Web, WebResponse } from './web.js';
 
 /** The variables that Hugging Face's own tools know. */
 export interface HubSettings {
@@ -58,9 +59,11 @@ export interface Repository {
 
 export class Hub {
   readonly #settings: HubSettings;
+  readonly #web: Web;
 
-  constructor(settings: HubSettings) {
+  constructor(settings: HubSettings, web: Web) {
     this.#settings = settings;
+    this.#web = web;
   }
 
   /** For requests to the endpoint. A redirect to another host does not carry them along. */
@@ -112,7 +115,7 @@ export class Hub {
     };
   }
 
-  async #ask(url: string, source: HubSource, signal: AbortSignal): Promise<Response> {
+  async #ask(url: string, source: HubSource, signal: AbortSignal): Promise<WebResponse> {
     const { endpoint, isOffline } = this.#settings;
     const id = `hf:${source.organization}/${source.name}`;
     const unavailable = (reason: string): CaravanError =>
@@ -122,13 +125,13 @@ export class Hub {
       const deadline = AbortSignal.timeout(ANSWER_TIMEOUT_MS);
       let problem;
       try {
-        const response = await fetch(url, {
+        const response = await this.#web.fetch(url, {
           headers: this.headers,
           signal: AbortSignal.any([signal, deadline]),
         });
         if (response.ok) return response;
         await response.body?.cancel();
-        if (response.status < 500) throw this.explain(response, source);
+        if (response.status < 500 && response.status !== 429) throw this.explain(response, source);
         problem = `it answered ${response.status}`;
       } catch (error) {
         signal.throwIfAborted();
@@ -140,7 +143,7 @@ export class Hub {
   }
 
   /** What a refusal means, and what mends it. */
-  explain(response: Response, source: HubSource, fileName?: string): CaravanError {
+  explain(response: WebResponse, source: HubSource, fileName?: string): CaravanError {
     const { endpoint, token } = this.#settings;
     const id = `${source.organization}/${source.name}`;
     const subject = fileName === undefined ? `hf:${id}` : `hf:${id}: ${fileName}`;

@@ -8,6 +8,7 @@ import { reasonOf } from './download.js';
 import type { Checksum } from './checksum.js';
 import type { RemoteFile } from './partial-file.js';
 import { intoFolder, type Pulled, type PullOptions } from './pull.js';
+import type { Web, WebResponse } from './web.js';
 
 /** Checklists and licences have a few KB. */
 const MAX_SMALL_BYTES = 1 << 20;
@@ -55,12 +56,12 @@ export function pullFromMeta(source: MetaSource, options: PullOptions): Promise<
   const urlOf = (path: string): string => source.signedUrl.replace('*', () => path);
   const how = { headers: { 'user-agent': 'caravan' }, explain };
   return intoFolder(options, async (fetchAll) => {
-    const { signal } = options;
-    const small = (path: string) => fetchSmall(urlOf(path), path, signal);
+    const { web, signal } = options;
+    const small = (path: string) => fetchSmall(web, urlOf(path), path, signal);
     const checklist = await small(`${model}/checklist.chk`);
     const files: RemoteFile[] = [];
     const expect = async (path: string, checksum: Checksum | null): Promise<void> => {
-      const bytes = await sizeOf(urlOf(path), path, signal);
+      const bytes = await sizeOf(web, urlOf(path), path, signal);
       files.push({ name: path.split('/').at(-1)!, url: urlOf(path), bytes, checksum });
     };
     await expect('LICENSE', null);
@@ -125,8 +126,8 @@ const explain: DownloadOptions['explain'] = (response, name) => {
 };
 
 /** Asks for a byte: signed URLs may be read, and nothing else. */
-async function sizeOf(url: string, name: string, signal: AbortSignal): Promise<number> {
-  const response = await ask(url, name, { range: 'bytes=0-0' }, signal);
+async function sizeOf(web: Web, url: string, name: string, signal: AbortSignal): Promise<number> {
+  const response = await ask(web, url, name, { range: 'bytes=0-0' }, signal);
   await response.body?.cancel();
   const range = /\/(\d+)$/.exec(response.headers.get('content-range') ?? '')?.[1];
   const bytes = range ?? (response.status === 200 ? response.headers.get('content-length') : null);
@@ -134,8 +135,13 @@ async function sizeOf(url: string, name: string, signal: AbortSignal): Promise<n
   throw new CaravanError('hub_unavailable', `${name}: the server does not say how long it is`);
 }
 
-async function fetchSmall(url: string, name: string, signal: AbortSignal): Promise<Buffer> {
-  const response = await ask(url, name, {}, signal);
+async function fetchSmall(
+  web: Web,
+  url: string,
+  name: string,
+  signal: AbortSignal,
+): Promise<Buffer> {
+  const response = await ask(web, url, name, {}, signal);
   const bytes = Buffer.from(await response.arrayBuffer());
   if (bytes.length <= MAX_SMALL_BYTES) return bytes;
   throw new CaravanError(
@@ -145,14 +151,15 @@ async function fetchSmall(url: string, name: string, signal: AbortSignal): Promi
 }
 
 async function ask(
+  web: Web,
   url: string,
   name: string,
   headers: Readonly<Record<string, string>>,
   signal: AbortSignal,
-): Promise<Response> {
+): Promise<WebResponse> {
   const deadline = AbortSignal.timeout(ANSWER_TIMEOUT_MS);
   try {
-    const response = await fetch(url, {
+    const response = await web.fetch(url, {
       headers: { 'user-agent': 'caravan', 'accept-encoding': 'identity', ...headers },
       signal: AbortSignal.any([signal, deadline]),
     });

@@ -164,7 +164,7 @@ async function readJournal(
 }
 
 /** @throws CaravanError `disk_full` in place of the operating system's words for it. */
-async function onDisk<T>(name: string, work: () => Promise<T>): Promise<T> {
+export async function onDisk<T>(name: string, work: () => Promise<T>): Promise<T> {
   try {
     return await work();
   } catch (cause) {

@@ -14,12 +14,14 @@ import { CaravanError, toCaravanError } from '../proto/errors.js';
 import { isFileSound, spellChecksum } from './checksum.js';
 import { download, type DownloadOptions } from './download.js';
 import { Hub, type HubSettings } from './hub.js';
-import { partFolder, type RemoteFile } from './partial-file.js';
+import { onDisk, partFolder, type RemoteFile } from './partial-file.js';
 import type { ProgressBar } from './progress-bar.js';
 import { chooseLayout, weightFilesOf } from './pull-layout.js';
 import { lockFolder } from './pull-lock.js';
+import type { Web, WebResponse } from './web.js';
 
 export interface PullOptions {
+  readonly web: Web;
   readonly folder: string;
   readonly bar: ProgressBar;
   /** Says one line to the user. */
@@ -48,13 +50,13 @@ export function pullFromHub(
   options: PullOptions,
 ): Promise<Pulled> {
   return intoFolder(options, async (fetchAll) => {
-    const hub = new Hub(settings);
+    const hub = new Hub(settings, options.web);
     const id = `hf:${source.organization}/${source.name}`;
     const repository = await hub.open(source, options.signal);
     const layout = chooseLayout(id, repository.names);
     const how = {
       headers: hub.headers,
-      explain: (response: Response, name: string) => hub.explain(response, source, name),
+      explain: (response: WebResponse, name: string) => hub.explain(response, source, name),
     };
     let files = layout.names.map((name) => repository.file(name));
     if (layout.index !== null) {
@@ -83,7 +85,7 @@ export interface Whole {
 
 /** Holds the folder, lets `work` fetch into it, and writes the manifest. */
 export async function intoFolder(
-  { folder, bar, say, signal, tuning }: PullOptions,
+  { web, folder, bar, say, signal, tuning }: PullOptions,
   work: (fetchAll: FetchAll) => Promise<Whole>,
 ): Promise<Pulled> {
   try {
@@ -121,6 +123,7 @@ export async function intoFolder(
       await download(folder, missing, {
         ...tuning,
         ...how,
+        web,
         signal,
         onBytes: (name, byteCount) => {
           // The first of each file are those that were left by an earlier process.
@@ -143,7 +146,7 @@ export async function intoFolder(
         }),
       ),
     };
-    await writeManifest(folder, manifest);
+    await onDisk(MANIFEST_FILE, () => writeManifest(folder, manifest));
     await fs.promises.rm(partFolder(folder), { recursive: true, force: true });
     bar.end();
     return { folder, manifest, fetchedBytes };

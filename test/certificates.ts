@@ -24,8 +24,12 @@ export class Authority {
     openssl('req', '-x509', ...newKey, '-keyout', this.#keyPath, '-out', this.caPath, ...subject);
   }
 
-  /** A certificate for the loopback interface. @param days that it is valid; below 0 it has expired. */
-  leaf(name: string, days = 1): Leaf {
+  /**
+   * A certificate for the loopback interface.
+   *
+   * @param days that it is valid; below 0 it has expired. @param hosts that it is for, too.
+   */
+  leaf(name: string, days = 1, hosts: readonly string[] = []): Leaf {
     const of = (ending: string): string => path.join(this.folder, `${name}.${ending}`);
     const [certPath, keyPath, request, extensions] = ['crt', 'key', 'csr', 'ext'].map(of) as [
       string,
@@ -33,7 +37,8 @@ export class Authority {
       string,
       string,
     ];
-    fs.writeFileSync(extensions, 'subjectAltName=IP:127.0.0.1,DNS:localhost\n');
+    const names = ['IP:127.0.0.1', 'DNS:localhost', ...hosts.map((host) => `DNS:${host}`)];
+    fs.writeFileSync(extensions, `subjectAltName=${names.join()}\n`);
     openssl('req', '-new', ...newKey, '-keyout', keyPath, '-out', request, '-subj', `/CN=${name}`);
     const signer = ['-CA', this.caPath, '-CAkey', this.#keyPath, '-CAcreateserial'];
     const validity = ['-days', String(days)];

@@ -11,10 +11,15 @@ export interface CliRun {
   readonly wallMs: number;
 }
 
-export function runCli(args: readonly string[], timeoutMs = 60_000): Promise<CliRun> {
+/** @param env beside the clean environment. */
+export function runCli(
+  args: readonly string[],
+  timeoutMs = 60_000,
+  env: NodeJS.ProcessEnv = {},
+): Promise<CliRun> {
   const startMs = performance.now();
   const child = spawn(process.execPath, [cliEntry, ...args], {
-    env: cleanEnvironment,
+    env: { ...cleanEnvironment, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],
   });
   let stdout = '';

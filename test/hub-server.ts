@@ -3,8 +3,11 @@
  * repositories, ranges. It breaks connections, lies, and is slow, when it is told to. Beside it stands Meta's server.
  */
 import { createHash } from 'node:crypto';
+import fs from 'node:fs';
 import http from 'node:http';
+import https from 'node:https';
 import type { AddressInfo } from 'node:net';
+import type { Leaf } from './certificates.js';
 
 export interface ServedRepository {
   readonly commit: string;
@@ -20,6 +23,12 @@ export interface Asked {
   readonly authorization: string | undefined;
   /** Bytes of content that were handed to the socket. */
   sentBytes: number;
+}
+
+export interface HubHosts {
+  readonly hub: string;
+  readonly storage: string;
+  readonly leaf?: Leaf;
 }
 
 /** Changes an answer: sends something else than `bytes`, or nothing for ever. */
@@ -41,12 +50,25 @@ export class HubServer {
   claimedBytes = new Map<string, number>();
   /** Meta's files by path; the signature must be right. */
   readonly metaFiles = new Map<string, Buffer>();
-  readonly #hub = http.createServer((request, response) => {
-    this.#answer(request, response);
-  });
-  readonly #storage = http.createServer((request, response) => {
-    this.#answerLarge(request, response);
-  });
+  readonly #hub: http.Server;
+  readonly #storage: http.Server;
+  readonly #hosts: HubHosts;
+
+  /** @param hosts what hub and storage call themselves, and the certificate of both: then they speak https. */
+  constructor(hosts: HubHosts = { hub: '127.0.0.1', storage: '127.0.0.1' }) {
+    this.#hosts = hosts;
+    const serve = (answer: http.RequestListener): http.Server => {
+      if (hosts.leaf === undefined) return http.createServer(answer);
+      const [cert, key] = [hosts.leaf.certPath, hosts.leaf.keyPath].map((f) => fs.readFileSync(f));
+      return https.createServer({ cert, key }, answer);
+    };
+    this.#hub = serve((request, response) => {
+      this.#answer(request, response);
+    });
+    this.#storage = serve((request, response) => {
+      this.#answerLarge(request, response);
+    });
+  }
 
   async start(): Promise<void> {
     for (const server of [this.#hub, this.#storage]) {
@@ -62,7 +84,7 @@ export class HubServer {
   }
 
   get url(): string {
-    return urlOf(this.#hub);
+    return this.#urlOf(this.#hub, this.#hosts.hub);
   }
 
   /** As Meta's e-mail has it. */
@@ -73,6 +95,11 @@ export class HubServer {
   /** Bytes of content since the last call. */
   takeSentBytes(): number {
     return this.asked.splice(0).reduce((sum, { sentBytes }) => sum + sentBytes, 0);
+  }
+
+  #urlOf(server: http.Server, host: string): string {
+    const scheme = this.#hosts.leaf === undefined ? 'http' : 'https';
+    return `${scheme}://${host}:${(server.address() as AddressInfo).port}`;
   }
 
   #answer(request: http.IncomingMessage, response: http.ServerResponse): void {
@@ -140,7 +167,7 @@ export class HubServer {
     ) {
       refuse(response, request.headers.authorization === undefined ? 401 : 403, 'GatedRepo');
     } else if (bytes.length >= LARGE_BYTES) {
-      const location = `${urlOf(this.#storage)}/${id}/${name}?signature=right`;
+      const location = `${this.#urlOf(this.#storage, this.#hosts.storage)}/${id}/${name}?signature=right`;
       response.writeHead(302, { location }).end();
     } else {
       this.#send(`/${id}/${name}`, bytes, request, response);
@@ -178,9 +205,6 @@ export class HubServer {
     response.end(part);
   }
 }
-
-const urlOf = (server: http.Server): string =>
-  `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
 
 function refuse(response: http.ServerResponse, status: number, code?: string): void {
   if (code !== undefined) response.setHeader('x-error-code', code);

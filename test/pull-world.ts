@@ -6,6 +6,7 @@ import path from 'node:path';
 import { after, before, beforeEach } from 'node:test';
 import { ProgressBar } from '../coordinator/progress-bar.js';
 import type { PullOptions } from '../coordinator/pull.js';
+import { Web } from '../coordinator/web.js';
 import { CaravanError, type ErrorCode } from '../proto/errors.js';
 import { HubServer } from './hub-server.js';
 import { Random } from './random.js';
@@ -65,8 +66,11 @@ beforeEach(() => {
 let made = 0;
 export const newFolder = (): string => path.join(scratch, `pulled-${(made += 1)}`);
 
+/** Whatever proxies the machine has. */
+const web = new Web(() => '');
 const silent = { write: () => undefined };
 export const options = (folder: string): PullOptions => ({
+  web,
   folder,
   bar: new ProgressBar('test', silent),
   say: () => undefined,

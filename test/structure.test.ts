@@ -54,6 +54,8 @@ const doors: readonly (readonly [packageName: string, owner: RegExp])[] = [
   ['fastify', /^coordinator\/http/],
   ['@fastify/multipart', /^coordinator\/http-files/],
   ['@aws-sdk/client-s3', /^coordinator\/file-bucket/],
+  ['undici', /^coordinator\/web\.ts$/],
+  ['proxy-from-env', /^coordinator\/web\.ts$/],
   ['prom-client', /^coordinator\/metrics/],
   ['@huggingface/tokenizers', /^model\/tokenizer/],
   ['@huggingface/jinja', /^model\/jinja-template/],

@@ -14,6 +14,7 @@ import { hubSettings } from '../hub.js';
 import { parseMetaSource, pullFromMeta } from '../meta-download.js';
 import { ProgressBar, spellBytes } from '../progress-bar.js';
 import { pullFromHub, type Pulled, type PullOptions } from '../pull.js';
+import { Web } from '../web.js';
 import { declareSettings } from './options.js';
 
 export function register(program: Command): void {
@@ -79,6 +80,7 @@ async function interruptible(
   title: string,
   run: (options: PullOptions) => Promise<Pulled>,
 ): Promise<Pulled> {
+  const web = new Web();
   const interrupted = new AbortController();
   const interrupt = (): void => {
     interrupted.abort(
@@ -90,13 +92,14 @@ async function interruptible(
   const bar = new ProgressBar(title, process.stderr);
   try {
     const absolute = path.resolve(folder);
-    return await run({ folder: absolute, bar, say, signal: interrupted.signal });
+    return await run({ web, folder: absolute, bar, say, signal: interrupted.signal });
   } catch (error) {
     bar.end();
     throw error;
   } finally {
     process.removeListener('SIGINT', interrupt);
     process.removeListener('SIGTERM', interrupt);
+    await web.close();
   }
 }
 
