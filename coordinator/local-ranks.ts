@@ -8,10 +8,10 @@ import { linkVariables } from '../proto/link-security.js';
 import { workerEntry } from './package-root.js';
 
 /**
- * Flags of a rank's JavaScript: young garbage has 16 MB from the start, so that it is not collected during hundreds of
+ * Flags of processes that take steps, ranks and coordinators: young garbage has 16 MB from the start, so that it is not collected during hundreds of
  * steps; the runtime would begin with 1 MB.
  */
-export const rankExecArgv: readonly string[] = [...process.execArgv, '--min-semi-space-size=16'];
+export const stepExecArgv: readonly string[] = [...process.execArgv, '--min-semi-space-size=16'];
 
 const START_TIMEOUT_MS = 30_000;
 
@@ -57,7 +57,7 @@ export async function startLocalRank(options: LocalRankOptions): Promise<LocalRa
       // Links within one command need no certificates, and its own end has none.
       env: { ...process.env, ...noLinkVariables },
       stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
-      execArgv: [...rankExecArgv],
+      execArgv: [...stepExecArgv],
     },
   );
   return new Promise((resolve, reject) => {

@@ -23,6 +23,8 @@ const PAGE_BYTES = 4096;
 const PROT_READ_WRITE = 3;
 const MAP_SHARED = 1;
 const LOCK_EXCLUSIVE_AT_ONCE = 6;
+/** Looks at a peer's sequence number between two looks at the clock. */
+const LOOKS = 2048;
 const FUTEX_WAIT = 0;
 const FUTEX_WAKE = 1;
 const EVERYBODY = 0x7fffffff;
@@ -193,12 +195,23 @@ export class SharedSegment {
     return ((Atomics.load(this.#header, 0) - sequence) | 0) >= 0;
   }
 
-  /** Looks again and again, without sleeping, for at most `spinUs`. */
+  /**
+   * Looks again and again, without sleeping, for at most about `spinUs`. The clock is asked seldom: each answer is a
+   * number on the heap, and a wait of a millisecond would leave a hundred KB of them.
+   */
   spin(sequence: number, spinUs: number): boolean {
+    if (this.#isShownSoon(sequence)) return true;
+    if (spinUs === 0) return false;
     const endMs = performance.now() + spinUs / 1000;
     do {
-      for (let i = 0; i < 64; i += 1) if (this.has(sequence)) return true;
+      if (this.#isShownSoon(sequence)) return true;
     } while (performance.now() < endMs);
+    return false;
+  }
+
+  /** A few microseconds of looking. */
+  #isShownSoon(sequence: number): boolean {
+    for (let i = 0; i < LOOKS; i += 1) if (this.has(sequence)) return true;
     return false;
   }
 

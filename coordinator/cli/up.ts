@@ -13,7 +13,7 @@ import { ApiKeys } from '../api-keys.js';
 import type { ServedAddresses } from '../gateway.js';
 import { LoadBars } from '../load-bars.js';
 import { openChecked } from '../local-group.js';
-import { rankExecArgv, threadsPerRank } from '../local-ranks.js';
+import { stepExecArgv, threadsPerRank } from '../local-ranks.js';
 import { cliEntry, workerEntry } from '../package-root.js';
 import { fileSettingNames } from '../file-settings.js';
 import { intakeSettingNames, intakeSettings } from '../intake-settings.js';
@@ -188,7 +188,7 @@ class Caravan {
       bars.progress(message['rank'] as number, message['progress'] as LoadProgress);
     };
     this.#coordinator = this.#supervise(
-      nodeChild('coordinator', cliEntry, coordinatorArgs, onMessage),
+      nodeChild('coordinator', cliEntry, coordinatorArgs, onMessage, stepExecArgv),
     );
     const gatewayArgs = ['gateway', ...shared, '--host', s.host, '--port', String(s.port)];
     const folder = path.join(s.stateDir ?? defaultStateFolder(process.env), 'files');
@@ -236,7 +236,7 @@ class Caravan {
     const args = ['--listen', address, '--device', deviceOfRank(device, rank)];
     args.push('--log-level', logLevel);
     args.push('--threads', String(threadsPerRank(tp)));
-    await this.#supervise(nodeChild('rank', workerEntry, args, undefined, rankExecArgv)).start();
+    await this.#supervise(nodeChild('rank', workerEntry, args, undefined, stepExecArgv)).start();
     return address;
   }
 

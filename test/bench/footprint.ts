@@ -10,7 +10,7 @@ import { PerformanceObserver, constants } from 'node:perf_hooks';
 import { parseArgs } from 'node:util';
 import type { Config } from '../../coordinator/config.js';
 import { RankEngine } from '../../coordinator/engine.js';
-import { rankExecArgv } from '../../coordinator/local-ranks.js';
+import { stepExecArgv } from '../../coordinator/local-ranks.js';
 import { planGroup } from '../../coordinator/group-spec.js';
 import { workerEntry } from '../../coordinator/package-root.js';
 import { Ranks } from '../../coordinator/ranks.js';
@@ -44,7 +44,7 @@ interface TracedRank {
 async function startRank(): Promise<TracedRank> {
   const args = ['--listen', '127.0.0.1:0', '--threads', '1', '--log-level', 'silent'];
   const child = fork(workerEntry, args, {
-    execArgv: [...rankExecArgv, '--trace-gc'],
+    execArgv: [...stepExecArgv, '--trace-gc'],
     stdio: ['ignore', 'pipe', 'inherit', 'ipc'],
   });
   const [{ address }] = (await once(child, 'message')) as [{ address: string }];
