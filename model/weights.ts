@@ -149,7 +149,7 @@ export function weightForms(
 /** CUDA's quick product of few rows takes blocks of 32; smaller matrices are not worth it. */
 const GPU_BLOCK = 32;
 
-/** One variant for any number of rows. The embedding stays on the host, where rows are looked up. */
+/** One variant for any number of rows. */
 function gpuForms(
   config: LlamaConfig,
   tp: number,
@@ -175,7 +175,7 @@ function gpuForms(
   };
   return {
     variants: [variant],
-    embedding: mode === 'int4' ? { kind: 'int8' } : fp32,
+    embedding: dense,
     head: dense,
     ffnGrid: mode === 'int4' && isFfnEven ? GPU_BLOCK : 1,
   };

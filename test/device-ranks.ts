@@ -16,6 +16,8 @@ export interface DeviceGroupLimits {
   readonly maxBatchSize: number;
   readonly maxStepRows: number;
   readonly memoryLimit?: number;
+  /** Most rows of a slot that a run of attention takes; found out if left out. */
+  readonly attentionRows?: number | undefined;
 }
 
 // The library is loaded once a process.
@@ -28,11 +30,11 @@ export async function withHostMemoryDevices<T>(
   limits: DeviceGroupLimits,
   use: (ranks: Ranks) => Promise<T>,
 ): Promise<T> {
-  const { memoryLimit = null } = limits;
-  const servers = Array.from(
-    { length: limits.tp },
-    () => new RankServer(new BoundDevice(ort, { kind: 'cpu' }, { kind, memoryLimit }), silent),
-  );
+  const { memoryLimit = null, attentionRows = null } = limits;
+  const servers = Array.from({ length: limits.tp }, () => {
+    const device = new BoundDevice(ort, { kind: 'cpu' }, { kind, memoryLimit, attentionRows });
+    return new RankServer(device, silent);
+  });
   try {
     const ports = await Promise.all(servers.map((server) => server.listen('127.0.0.1:0')));
     const { spec } = planGroup(openCheckpoint(folder), limits.tp, {

@@ -6,8 +6,8 @@ import { test } from 'node:test';
 import { parse } from 'yaml';
 import { packageRoot } from '../coordinator/package-root.js';
 import type { LlamaConfig } from '../model/config.js';
-import { kvBytes, planRanks, slicesOf } from '../model/plan.js';
-import { formBytes, kvElementBytes, weightBytes, weightForms } from '../model/weights.js';
+import { kvBytes, planRanks } from '../model/plan.js';
+import { kvElementBytes, weightBytes, weightForms } from '../model/weights.js';
 import { render, skipWithoutHelm } from './chart.js';
 
 const docs = fs.readFileSync(path.join(packageRoot, 'docs/kubernetes.md'), 'utf8');
@@ -40,10 +40,8 @@ const USABLE = 0.9;
 function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [number, number] {
   const forms = weightForms(config, tp, mode, false, 'cuda');
   const ranks = planRanks(config, tp, forms.ffnGrid).map((plan): [number, number] => {
-    const { rows, columns } = slicesOf(config, plan).embedding;
-    const onHost = formBytes(forms.embedding, rows.count, columns.count);
     const kv = kvBytes(config, plan, POSITIONS, SLOTS) * (kvElementBytes('cuda', mode, 'auto') / 4);
-    return [weightBytes(config, plan, forms) - onHost, kv];
+    return [weightBytes(config, plan, forms), kv];
   });
   return ranks.reduce((most, rank) => (rank[0] + rank[1] > most[0] + most[1] ? rank : most));
 }

@@ -14,6 +14,8 @@ export interface RandomCheckpoint {
   readonly format: 'F32' | 'F16' | 'BF16';
   /** Files; with more than one, an index names them. */
   readonly shardCount: number;
+  /** Matrices have 16 values, and blocks of 32 the least of them: what 4 bits say exactly. */
+  readonly isFourBit?: boolean;
 }
 
 /** A tensor to be written: uniform in centre ± spread. */
@@ -134,7 +136,7 @@ function planTensors(config: LlamaConfig): Plan[] {
 }
 
 function writeShard(file: string, plans: readonly Plan[], checkpoint: RandomCheckpoint): number {
-  const { format, seed } = checkpoint;
+  const { format } = checkpoint;
   const width = format === 'F32' ? 4 : 2;
   const header: Record<string, unknown> = { __metadata__: { format: 'pt' } };
   let byteCount = 0;
@@ -152,7 +154,7 @@ function writeShard(file: string, plans: readonly Plan[], checkpoint: RandomChec
   try {
     fs.writeSync(descriptor, length);
     fs.writeSync(descriptor, text);
-    for (const plan of plans) writeTensor(descriptor, plan, format, seed);
+    for (const plan of plans) writeTensor(descriptor, plan, checkpoint);
   } finally {
     fs.closeSync(descriptor);
   }
@@ -162,15 +164,21 @@ function writeShard(file: string, plans: readonly Plan[], checkpoint: RandomChec
 function writeTensor(
   descriptor: number,
   { name, shape, centre, spread }: Plan,
-  format: RandomCheckpoint['format'],
-  seed: number,
+  { format, seed, isFourBit = false }: RandomCheckpoint,
 ): void {
   const random = new Random(seed ^ hashOf(name));
   const total = shape.reduce((a, b) => a * b, 1);
   const floats = new Float32Array(Math.min(total, BUFFER_ELEMENTS));
   for (let done = 0; done < total; done += floats.length) {
     const count = Math.min(floats.length, total - done);
-    for (let i = 0; i < count; i += 1) floats[i] = centre + spread * (2 * random.next() - 1);
+    if (isFourBit && shape.length === 2) {
+      const step = 2 ** Math.round(Math.log2(spread / 8));
+      for (let i = 0; i < count; i += 1) {
+        floats[i] = step * (i % 32 === 0 ? -8 : random.below(16) - 8);
+      }
+    } else {
+      for (let i = 0; i < count; i += 1) floats[i] = centre + spread * (2 * random.next() - 1);
+    }
     writeWhole(descriptor, encode(floats.subarray(0, count), format));
   }
 }

@@ -85,10 +85,10 @@ for (const tp of [1, 2]) {
         const decoded = await decode(ranks, golden.promptIds, golden.ids.length, after + 1);
         assert.deepEqual(decoded.ids, golden.ids);
         for (const { bytesToDevice, bytesToHost } of decoded.last) {
-          const exchanges = 2 * config.layerCount;
+          const exchanges = 2 * config.layerCount + 1;
           const partial = 4 * config.hiddenSize;
-          // Position, last position, sampled row, inverse temperature; two logits and their places, two sums.
-          assert.equal(bytesToDevice, partial * (tp + exchanges * (tp - 1)) + 24);
+          // Token, position, last position, sampled row, inverse temperature; two logits and their places, two sums.
+          assert.equal(bytesToDevice, partial * exchanges * (tp - 1) + 32);
           assert.equal(bytesToHost, (tp > 1 ? exchanges * partial : 0) + 2 * (4 + 8) + 2 * 4);
         }
       });

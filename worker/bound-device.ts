@@ -111,11 +111,14 @@ export class BoundDevice implements Device {
     const kvElementBytes = shape.attention === elementType.float16 ? 2 : 4;
     const kvOf = ({ maxSeqLen, maxBatchSize }: GroupLimits): number =>
       (kvBytes(config, plan, maxSeqLen, maxBatchSize) / 4) * kvElementBytes;
-    const embeddingBytes = formBytes(forms.embedding, plan.vocab.count, config.hiddenSize);
+    // A head with the embedding's weights lies in the same place.
+    const tiedBytes = config.isHeadTied
+      ? formBytes(forms.head, plan.vocab.count, config.hiddenSize)
+      : 0;
     const memory = this.memory();
     if (memory !== null) {
       refuseTooLittle(this.name, memory, {
-        weightBytes: weightBytes(config, plan, forms) - embeddingBytes,
+        weightBytes: weightBytes(config, plan, forms) - tiedBytes,
         kvBytes: kvOf(limits),
         sessionBytes: SESSION_BYTES,
       });
@@ -151,19 +154,27 @@ async function openPass(
 ): Promise<OpenPass> {
   const { config, plan, attention } = shard.shape;
   // Copies of pinned memory need no second copy on their way.
-  const unpin = cuda === null ? [] : allReduce.partials.flat().map((array) => cuda.pin(array));
-  const kv = new DeviceKv(device, config, plan, attention, maxSeqLen, maxBatchSize);
-  const workspace = new DeviceWorkspace(device, shard, kv, maxStepRows, allReduce, attentionRows);
-  const pass = new DevicePass(device, shard, kv, workspace, allReduce);
-  await pass.warmUp(() => new Promise((resolve) => setImmediate(resolve)));
-  return {
-    pass,
-    release: () => {
-      workspace.release();
-      kv.release();
-      for (const undo of unpin) undo();
-    },
+  const releases = cuda === null ? [] : allReduce.partials.flat().map((array) => cuda.pin(array));
+  const release = (): void => {
+    // What was made last goes first.
+    for (const undo of releases.splice(0).reverse()) undo();
   };
+  try {
+    const kv = new DeviceKv(device, config, plan, attention, maxSeqLen, maxBatchSize);
+    releases.push(() => {
+      kv.release();
+    });
+    const workspace = new DeviceWorkspace(device, shard, kv, maxStepRows, allReduce, attentionRows);
+    releases.push(() => {
+      workspace.release();
+    });
+    const pass = new DevicePass(device, shard, kv, workspace, allReduce);
+    await pass.warmUp(() => new Promise((resolve) => setImmediate(resolve)));
+    return { pass, release };
+  } catch (error) {
+    release();
+    throw error;
+  }
 }
 
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;

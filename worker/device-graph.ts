@@ -2,6 +2,7 @@
  * The graphs of a rank on a device. Weights are inputs: one graph serves all layers, and each weight lies on the device
  * once, whatever number of graphs reads it.
  *
+ *   tokens ─> embedding ─> partial
  *   h, partials ─> attention (norm, qkv, rotary, a GroupQueryAttention a group, o) ─> h', partial
  *   h, partials ─> ffn ─> h', partial
  *   h, partials ─> head ─> logits, the k largest of them, sums of exponentials
@@ -20,14 +21,14 @@ const { float32, float16, uint8, int32, int64 } = elementType;
 export interface DeviceShape {
   readonly config: LlamaConfig;
   readonly plan: RankPlan;
-  /** Of activations and dense weights. */
+  /** Of activations, partials and dense weights. */
   readonly activations: ElementType;
   /** Of keys and values, and of what attention computes with. */
   readonly attention: ElementType;
-  /** Of partials: float32 where they leave the device. */
-  readonly partials: ElementType;
   /** Products with transposed weights in one node, which WebGPU lacks. */
   readonly hasFusedProducts: boolean;
+  /** Of the layers' dense matrices. */
+  readonly isInputsFirst: boolean;
 }
 
 /** A matrix among a graph's inputs. */
@@ -35,6 +36,8 @@ export interface MatrixShape {
   readonly form: WeightForm;
   readonly outputs: number;
   readonly inputs: number;
+  /** Dense ones lie as (inputs, outputs) where the device multiplies few rows faster so. */
+  readonly isInputsFirst: boolean;
 }
 
 /**
@@ -52,7 +55,8 @@ class DeviceGraphBuilder extends GraphBuilder {
   }
 
   /** y = x · Wᵀ, of weights that are inputs `${name}.weight` and, with 4 bits, `.scales` and `.zeros`. */
-  product(x: string, name: string, { form, outputs, inputs }: MatrixShape, y: string): void {
+  product(x: string, name: string, matrix: MatrixShape, y: string): void {
+    const { form, outputs, inputs, isInputsFirst } = matrix;
     const { activations, hasFusedProducts } = this.#shape;
     if (form.kind === 'int4') {
       const { block } = form;
@@ -67,6 +71,11 @@ class DeviceGraphBuilder extends GraphBuilder {
         [int('K', inputs), int('N', outputs), int('bits', 4), int('block_size', block)],
         MICROSOFT,
       );
+      return;
+    }
+    if (isInputsFirst) {
+      this.input(`${name}.weight`, activations, [inputs, outputs]);
+      this.node('MatMul', [x, `${name}.weight`], [y]);
       return;
     }
     this.input(`${name}.weight`, activations, [outputs, inputs]);
@@ -96,20 +105,19 @@ class DeviceGraphBuilder extends GraphBuilder {
   }
 
   residualInputs(): { h: string; partials: string[] } {
-    const { config, plan, activations, partials } = this.#shape;
+    const { config, plan, activations } = this.#shape;
     const shape = [1, 'rows', config.hiddenSize];
     const h = this.input('h', activations, shape);
     const names = Array.from({ length: plan.tp }, (_, rank) =>
-      this.input(`partial.${rank}`, partials, shape),
+      this.input(`partial.${rank}`, activations, shape),
     );
     return { h, partials: names };
   }
 
   normed(h: string, partials: readonly string[], newH: string): void {
-    const { config, activations, partials: partialType } = this.#shape;
+    const { config, activations } = this.#shape;
     const gamma = this.input('gamma', activations, [config.hiddenSize]);
-    const sum = this.sumPartials(partials);
-    const delta = this.cast(sum, partialType, activations, 'delta');
+    const delta = this.sumPartials(partials);
     this.node(
       'SkipSimplifiedLayerNormalization',
       [h, delta, gamma],
@@ -120,17 +128,10 @@ class DeviceGraphBuilder extends GraphBuilder {
     if (newH !== '') this.output(newH, activations, [1, 'rows', config.hiddenSize]);
   }
 
-  partialOutput(from: string): void {
-    const { config, activations, partials } = this.#shape;
-    const shape = [1, 'rows', config.hiddenSize];
-    if (activations !== partials) this.node('Cast', [from], ['partial'], [int('to', partials)]);
-    this.output('partial', partials, shape);
-  }
-
-  /** The name that a product has to give what becomes the partial. */
-  get productName(): string {
-    const { activations, partials } = this.#shape;
-    return activations === partials ? 'partial' : 'partial.own';
+  /** Declares what a product called `partial` has given. */
+  partialOutput(): void {
+    const { config, activations } = this.#shape;
+    this.output('partial', activations, [1, 'rows', config.hiddenSize]);
   }
 
   split(x: string, widths: readonly number[], names: readonly string[]): void {
@@ -178,8 +179,8 @@ export function deviceAttentionGraph(
     all = 'attended';
   }
   all = graph.cast(all, attention, activations, 'attended.cast');
-  graph.product(all, 'o', o, graph.productName);
-  graph.partialOutput(graph.productName);
+  graph.product(all, 'o', o, 'partial');
+  graph.partialOutput();
   return graph.finish();
 }
 
@@ -254,21 +255,34 @@ function attend(
   return `attended.rows.${g}`;
 }
 
-/** The feed-forward network of a layer. `gateUp` has gate's rows, then up's. */
+/** The feed-forward network of a layer. */
 export function deviceFfnGraph(
   shape: DeviceShape,
-  { gateUp, down }: { readonly gateUp: MatrixShape; readonly down: MatrixShape },
+  { gate, up, down }: Readonly<Record<'gate' | 'up' | 'down', MatrixShape>>,
 ): Graph {
   const graph = new DeviceGraphBuilder(shape);
   graph.residual('newH');
-  graph.product('x', 'gateUp', gateUp, 'gateUp');
-  const { count } = shape.plan.ffn;
-  graph.split('gateUp', [count, count], ['gate', 'up']);
+  graph.product('x', 'gate', gate, 'gate');
+  graph.product('x', 'up', up, 'up');
   // x · sigmoid(x)
   graph.node('QuickGelu', ['gate'], ['gate.silu'], [float('alpha', 1)], MICROSOFT);
   graph.node('Mul', ['gate.silu', 'up'], ['gated']);
-  graph.product('gated', 'down', down, graph.productName);
-  graph.partialOutput(graph.productName);
+  graph.product('gated', 'down', down, 'partial');
+  graph.partialOutput();
+  return graph.finish();
+}
+
+/**
+ * The partial of the token embedding: input `tokens` (1, rows) has rows of `table`, whose last one is zeros, for tokens of
+ * other ranks.
+ */
+export function deviceEmbeddingGraph(shape: DeviceShape): Graph {
+  const { config, plan, activations } = shape;
+  const graph = new DeviceGraphBuilder(shape);
+  graph.input('table', activations, [plan.vocab.count + 1, config.hiddenSize]);
+  graph.input('tokens', int64, [1, 'rows']);
+  graph.node('Gather', ['table', 'tokens'], ['partial'], [int('axis', 0)]);
+  graph.partialOutput();
   return graph.finish();
 }
 

@@ -19,7 +19,6 @@ export class DevicePass implements Pass {
   /** What a sequence leaves in its own slot is kept; there is no copy within the device yet. */
   readonly copyPositions = null;
   readonly #device: OrtDevice;
-  readonly #shard: DeviceShard;
   readonly #workspace: DeviceWorkspace;
   readonly #allReduce: AllReduce;
   #turn: Turn = 0;
@@ -40,7 +39,6 @@ export class DevicePass implements Pass {
     this.slots = { count: kv.slotCount, maxSeqLen: kv.maxSeqLen, lengths: kv.lengths };
     this.maxRows = workspace.maxRows;
     this.#device = device;
-    this.#shard = shard;
     this.#workspace = workspace;
     this.#allReduce = allReduce;
   }
@@ -66,8 +64,10 @@ export class DevicePass implements Pass {
       const runs = this.#workspace.step(rowCount, groups);
       bindPositions(runs, positions, groups);
       const head = this.#workspace.head(rowCount, batch, 1);
-      for (const input of [head.sampledRows, head.inverseTemperatures]) input.copy?.run();
-      for (const run of [runs.attention[0]!, runs.ffn[0]!, head.run]) {
+      for (const input of [runs.tokens, head.sampledRows, head.inverseTemperatures]) {
+        input.copy?.run();
+      }
+      for (const run of [runs.embed, runs.attention[0]!, runs.ffn[0]!, head.run]) {
         run.run();
         run.synchronize();
         this.#device.synchronize();
@@ -84,9 +84,8 @@ export class DevicePass implements Pass {
     const runs = this.#workspace.step(layout.rowCount, groups);
     bindPositions(runs, layout.positions, groups);
 
-    this.#embed(layout);
-    await this.#exchange(layout.rowCount);
-    for (const copy of runs.embedIn[this.#turn ^ 1]!) copy.run();
+    this.#embed(runs, layout);
+    await this.#share(runs, layout.rowCount, 0);
     for (let l = 0; l < runs.attention.length; l += 1) {
       runs.attention[l]!.run();
       await this.#share(runs, layout.rowCount, 1);
@@ -150,14 +149,19 @@ export class DevicePass implements Pass {
 
   async #exchange(rowCount: number): Promise<void> {
     const startMs = performance.now();
-    await this.#allReduce.exchange(this.#turn, rowCount * this.config.hiddenSize);
+    await this.#allReduce.exchange(this.#turn, this.#workspace.partialWords(rowCount));
     this.#turn = this.#turn === 0 ? 1 : 0;
     this.#waitMs += performance.now() - startMs;
   }
 
-  #embed({ tokens }: StepLayout): void {
-    const { embedding, plan } = this.#shard;
-    embedding.writePartial(tokens, plan.vocab, this.#allReduce.partials[this.#turn]![plan.rank]!);
+  #embed({ tokens, embed }: StepRuns, layout: StepLayout): void {
+    const { start, count } = this.vocab;
+    layout.tokens.forEach((token, row) => {
+      const own = token - start;
+      tokens.array[row] = BigInt(own >= 0 && own < count ? own : count);
+    });
+    tokens.copy?.run();
+    embed.run();
   }
 }
 

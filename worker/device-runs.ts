@@ -2,7 +2,7 @@
  * The runs of a step on a device, with all of their inputs and outputs in place: made once for a shape of steps, kept as
  * long as such steps come.
  */
-import { elementTypeOf, type ElementType } from './ort.js';
+import { elementType, elementTypeOf, type ElementType } from './ort.js';
 import type { BoundRun, Copy, DeviceSession, DeviceTensor, OrtDevice } from './ort-device.js';
 
 type SmallArray = BigInt64Array | Int32Array | Float32Array;
@@ -19,19 +19,20 @@ export interface SmallInput<T extends SmallArray = SmallArray> {
 }
 
 /**
- * The runs of all steps of one shape. Exchanges take two buffers on the device in turn: the embedding's and the
+ * The runs of all steps of one shape. Partials have two buffers on the device: the embedding's and the
  * feed-forward networks' partials lie in the first, attention's in the second.
  */
 export interface StepRuns {
+  /** Rows of the embedding's table. */
+  readonly tokens: SmallInput<BigInt64Array>;
   readonly positions: SmallInput<BigInt64Array>;
   /** By group. */
   readonly lastPositions: readonly SmallInput<Int32Array>[];
   readonly totalLengths: readonly SmallInput<Int32Array>[];
+  readonly embed: BoundRun;
   /** By layer. */
   readonly attention: readonly BoundRun[];
   readonly ffn: readonly BoundRun[];
-  /** By turn of the exchange: all partials of the embedding, to the device. */
-  readonly embedIn: readonly (readonly Copy[])[];
   /** By turn of the exchange, then by buffer: our partial to the host, and those of the peers to the device. */
   readonly partialOut: readonly (readonly Copy[])[];
   readonly partialsIn: readonly (readonly (readonly Copy[])[])[];
@@ -96,6 +97,11 @@ export class Made {
 
   view(whole: DeviceTensor, shape: readonly number[]): DeviceTensor {
     return this.#tensor(this.#device.view(whole, shape));
+  }
+
+  /** A tensor's memory from its beginning, as numbers of 32 bits. */
+  words(whole: DeviceTensor, count: number): DeviceTensor {
+    return this.#tensor(this.#device.view(whole, [count], elementType.int32));
   }
 
   allocate(type: ElementType, shape: readonly number[]): DeviceTensor {

@@ -12,9 +12,7 @@ import {
 } from '../model/plan.js';
 import { weightBytes, type WeightForm, type WeightForms } from '../model/weights.js';
 import type { DeviceShape, MatrixShape } from './device-graph.js';
-import { Embedding } from './embedding.js';
-import { linearWriter, type Linear } from './linear.js';
-import { allocateBytes } from './memory.js';
+import type { Linear } from './linear.js';
 import { elementType, type ElementType } from './ort.js';
 import type { DeviceTensor, OrtDevice } from './ort-device.js';
 import type { Provider } from './ort-provider.js';
@@ -43,13 +41,15 @@ export interface DeviceLayer {
   readonly qkv: DeviceMatrix;
   readonly o: DeviceMatrix;
   readonly ffnNorm: DeviceTensor;
-  readonly gateUp: DeviceMatrix;
+  readonly gate: DeviceMatrix;
+  readonly up: DeviceMatrix;
   readonly down: DeviceMatrix;
 }
 
 export class DeviceShard {
   readonly shape: DeviceShape;
-  readonly embedding: Embedding;
+  /** (vocab + 1, hidden): the last row is zeros. */
+  readonly embedding: DeviceTensor;
   readonly layers: readonly DeviceLayer[];
   readonly norm: DeviceTensor;
   readonly head: DeviceMatrix;
@@ -91,16 +91,17 @@ export class DeviceShard {
     source: MatrixSource,
   ): Promise<DeviceShard> {
     const { config, plan } = shape;
-    const loading = new Loading(device, shape.activations, source);
+    const loading = new Loading(device, shape, source);
     try {
       const slices = slicesOf(config, plan);
-      const { embedding, tiedHead } = await loading.vocabulary(slices, forms);
+      const { embedding, tiedHead } = await loading.vocabulary(slices);
       const layers: DeviceLayer[] = [];
       for (const layer of slices.layers) {
         layers.push(await loading.layer(layer, forms.variants[0]!));
       }
       const norm = await loading.vector(slices.norm);
-      const head = tiedHead ?? (await loading.matrix(forms.head, slices.head));
+      const head =
+        tiedHead ?? (await loading.matrix({ form: forms.head, isInputsFirst: false }, slices.head));
       const bytes = weightBytes(config, plan, forms);
       return new DeviceShard(device, {
         ...{ shape, embedding, layers, norm, head },
@@ -115,11 +116,11 @@ export class DeviceShard {
   }
 
   release(): void {
-    for (const { attentionNorm, ffnNorm, qkv, o, gateUp, down } of this.layers) {
+    for (const { attentionNorm, ffnNorm, qkv, o, gate, up, down } of this.layers) {
       this.#device.release(attentionNorm, ffnNorm);
-      for (const { tensors } of [qkv, o, gateUp, down]) this.#device.release(...tensors.values());
+      for (const { tensors } of [qkv, o, gate, up, down]) this.#device.release(...tensors.values());
     }
-    this.#device.release(this.norm, ...this.head.tensors.values());
+    this.#device.release(this.norm, ...this.head.tensors.values(), this.embedding);
   }
 }
 
@@ -137,7 +138,7 @@ export function deviceShape(
     plan,
     activations,
     attention: kind === 'cuda' ? float16 : activations,
-    partials: plan.tp === 1 ? activations : float32,
+    isInputsFirst: kind === 'cuda',
     hasFusedProducts: provider.hasFusedProducts,
   };
 }
@@ -147,32 +148,37 @@ class Loading {
   readonly tensors: DeviceTensor[] = [];
   readonly #device: OrtDevice;
   readonly #activations: ElementType;
+  readonly #isInputsFirst: boolean;
   readonly #source: MatrixSource;
 
-  constructor(device: OrtDevice, activations: ElementType, source: MatrixSource) {
+  constructor(
+    device: OrtDevice,
+    { activations, isInputsFirst }: DeviceShape,
+    source: MatrixSource,
+  ) {
     this.#device = device;
     this.#activations = activations;
+    this.#isInputsFirst = isInputsFirst;
     this.#source = source;
   }
 
-  /** The embedding, which stays on the host, and the head if it has the same weights: they are read once. */
-  async vocabulary(
-    { embedding: slice, head }: RankSlices,
-    forms: WeightForms,
-  ): Promise<{ embedding: Embedding; tiedHead: DeviceMatrix | null }> {
+  /** The embedding's table, and the head if it has the same weights: they are read once, and lie in one place. */
+  async vocabulary({
+    embedding: slice,
+    head,
+  }: RankSlices): Promise<{ embedding: DeviceTensor; tiedHead: DeviceMatrix | null }> {
     const { count } = slice.rows;
     const width = slice.columns.count;
     const [read] = await this.#source.matrix([{ kind: 'fp32' }], slice);
     const values = read!.values as Float32Array;
-    const embedding = new Embedding(forms.embedding, count, width, { take: allocateBytes });
-    embedding.write(values, 0, count);
-    let tiedHead: DeviceMatrix | null = null;
-    if (head === slice) {
-      const writer = linearWriter(forms.head, count, width, { take: allocateBytes });
-      writer.write(values, 0, count);
-      tiedHead = this.put(forms.head, writer.linear);
-    }
+    const type = this.#activations;
+    const embedding = this.#keep(this.#device.uploadPadded(values, [count + 1, width], type));
     this.#source.giveBack(read!);
+    if (head !== slice) return { embedding, tiedHead: null };
+    const weight = this.#keep(this.#device.view(embedding, [count, width]));
+    const form: WeightForm = { kind: type === float16 ? 'fp16' : 'fp32' };
+    const tensors = new Map([['weight', weight]] as const);
+    const tiedHead = { form, outputs: count, inputs: width, isInputsFirst: false, tensors };
     return { embedding, tiedHead };
   }
 
@@ -180,13 +186,17 @@ class Loading {
     slices: LayerSlices,
     forms: Readonly<Record<'qkv' | 'o' | 'gateUp' | 'down', WeightForm>>,
   ): Promise<DeviceLayer> {
+    const isInputsFirst = this.#isInputsFirst;
+    const matrix = (form: WeightForm, ...parts: TensorSlice[]) =>
+      this.matrix({ form, isInputsFirst }, ...parts);
     return {
       attentionNorm: await this.vector(slices.attentionNorm),
-      qkv: await this.matrix(forms.qkv, slices.q, slices.k, slices.v),
-      o: await this.matrix(forms.o, slices.o),
+      qkv: await matrix(forms.qkv, slices.q, slices.k, slices.v),
+      o: await matrix(forms.o, slices.o),
       ffnNorm: await this.vector(slices.ffnNorm),
-      gateUp: await this.matrix(forms.gateUp, slices.gate, slices.up),
-      down: await this.matrix(forms.down, slices.down),
+      gate: await matrix(forms.gateUp, slices.gate),
+      up: await matrix(forms.gateUp, slices.up),
+      down: await matrix(forms.down, slices.down),
     };
   }
 
@@ -195,14 +205,20 @@ class Loading {
     return this.#keep(this.#device.upload(values, [values.length], this.#activations));
   }
 
-  async matrix(form: WeightForm, ...parts: TensorSlice[]): Promise<DeviceMatrix> {
-    const [linear] = await this.#source.matrix([form], ...parts);
-    const matrix = this.put(form, linear!);
+  async matrix(
+    how: Pick<MatrixShape, 'form' | 'isInputsFirst'>,
+    ...parts: TensorSlice[]
+  ): Promise<DeviceMatrix> {
+    const [linear] = await this.#source.matrix([how.form], ...parts);
+    const matrix = this.put(how, linear!);
     this.#source.giveBack(linear!);
     return matrix;
   }
 
-  put(form: WeightForm, linear: Linear): DeviceMatrix {
+  put(
+    { form, isInputsFirst }: Pick<MatrixShape, 'form' | 'isInputsFirst'>,
+    linear: Linear,
+  ): DeviceMatrix {
     const { outputs, inputs } = linear;
     const tensors = new Map<'weight' | 'scales' | 'zeros', DeviceTensor>();
     const upload = this.#device.upload.bind(this.#device);
@@ -214,12 +230,14 @@ class Loading {
       tensors.set('scales', this.#keep(upload(scales, [outputs * blocks], this.#activations)));
       tensors.set('zeros', this.#keep(upload(zeros, [zeros.length])));
     } else {
-      tensors.set(
-        'weight',
-        this.#keep(upload(linear.values, [outputs, inputs], this.#activations)),
-      );
+      // Devices have no 8-bit weights.
+      const values = linear.values as Float32Array;
+      const weight = isInputsFirst
+        ? this.#device.uploadTransposed(values, [outputs, inputs], this.#activations)
+        : upload(values, [outputs, inputs], this.#activations);
+      tensors.set('weight', this.#keep(weight));
     }
-    return { form, outputs, inputs, tensors };
+    return { form, outputs, inputs, isInputsFirst, tensors };
   }
 
   #keep(tensor: DeviceTensor): DeviceTensor {

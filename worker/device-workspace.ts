@@ -5,6 +5,7 @@
 import type { AllReduce } from './all-reduce.js';
 import {
   deviceAttentionGraph,
+  deviceEmbeddingGraph,
   deviceFfnGraph,
   deviceHeadGraph,
   deviceRowGraph,
@@ -14,7 +15,12 @@ import type { DeviceKv } from './device-kv.js';
 import type { DeviceMatrix, DeviceShard } from './device-shard.js';
 import { elementType, type TensorArray } from './ort.js';
 import { Kept, Made, type Bound, type HeadRuns, type StepRuns } from './device-runs.js';
-import type { DeviceSession, DeviceTensor, OrtDevice } from './ort-device.js';
+import {
+  tensorBytes,
+  type DeviceSession,
+  type DeviceTensor,
+  type OrtDevice,
+} from './ort-device.js';
 import { rotaryTables } from './rotary.js';
 import type { AttentionGroup } from './step-layout.js';
 
@@ -38,6 +44,7 @@ export class DeviceWorkspace {
   };
   /** By groups' kinds. */
   readonly #attentionSessions = new Map<string, DeviceSession>();
+  readonly #embed: DeviceSession;
   readonly #ffn: DeviceSession;
   readonly #head: DeviceSession;
   readonly #row: DeviceSession;
@@ -60,9 +67,8 @@ export class DeviceWorkspace {
     this.#attentionRows = attentionRows;
     this.#allReduce = allReduce;
     const { shape } = shard;
-    const { config, plan, activations, partials } = shape;
-    const wide = (type = activations) =>
-      device.allocateZeros(type, [1, maxRows, config.hiddenSize]);
+    const { config, plan, activations } = shape;
+    const wide = () => device.allocateZeros(activations, [1, maxRows, config.hiddenSize]);
     // The node refuses more rows than the tables have, whatever their positions.
     const tableRows = Math.max(kv.maxSeqLen, maxRows);
     const { cos, sin } = rotaryTables(config, tableRows);
@@ -73,12 +79,13 @@ export class DeviceWorkspace {
       zeros: device.upload(zeros, [1, maxRows, config.hiddenSize], activations),
       afterAttention: wide(),
       afterFfn: wide(),
-      partials: [0, 1].map(() => Array.from({ length: plan.tp }, () => wide(partials))),
+      partials: [0, 1].map(() => Array.from({ length: plan.tp }, wide)),
       cos: table(cos),
       sin: table(sin),
       logits: device.allocate(float32, [1, maxRows, plan.vocab.count]),
     };
     const { head, layers } = shard;
+    this.#embed = device.session(deviceEmbeddingGraph(shape));
     this.#ffn = device.session(deviceFfnGraph(shape, layers[0]!));
     this.#head = device.session(deviceHeadGraph(shape, head));
     this.#row = device.session(deviceRowGraph(shape));
@@ -107,6 +114,12 @@ export class DeviceWorkspace {
     });
   }
 
+  /** How many numbers of 32 bits a partial of so many rows takes. */
+  partialWords(rowCount: number): number {
+    const { config, activations } = this.#shard.shape;
+    return tensorBytes(activations, [rowCount, config.hiddenSize]) / 4;
+  }
+
   step(rowCount: number, groups: readonly AttentionGroup[]): StepRuns {
     const key = groups.map((g) => [g.firstSlot, g.batch, g.length].join()).join(';');
     return this.#steps.get(`${rowCount};${key}`, () => this.#bindStep(rowCount, groups));
@@ -123,7 +136,7 @@ export class DeviceWorkspace {
     const { partials, ...others } = this.#buffers;
     this.#device.release(...partials.flat(), ...Object.values(others));
     for (const session of this.#attentionSessions.values()) session.release();
-    for (const session of [this.#ffn, this.#head, this.#row]) session.release();
+    for (const session of [this.#embed, this.#ffn, this.#head, this.#row]) session.release();
   }
 
   #attentionSession(groups: readonly AttentionGroup[]): DeviceSession {
@@ -201,33 +214,48 @@ export class DeviceWorkspace {
           ['h', h.afterAttention],
           ...addends(1),
           ['gamma', layer.ffnNorm],
-          ...matrixInputs('gateUp', layer.gateUp),
+          ...matrixInputs('gate', layer.gate),
+          ...matrixInputs('up', layer.up),
           ...matrixInputs('down', layer.down),
           ['newH', h.afterFfn],
           ['partial', partials[0]![plan.rank]!],
         ]),
       ),
     );
-    const elements = rowCount * hiddenSize;
+    const tokens = made.input(new BigInt64Array(rowCount), [1, rowCount], 'device');
+    const embed = made.bind(
+      this.#embed,
+      new Map<string, Bound>([
+        ['table', this.#shard.embedding],
+        ['tokens', tokens.tensor],
+        ['partial', partials[0]![plan.rank]!],
+      ]),
+    );
+    // As they are, whatever their type.
+    const words = this.partialWords(rowCount);
     const onHost = this.#allReduce.partials.map((ranks) =>
-      ranks.map((array) => array.subarray(0, elements)),
+      ranks.map(({ buffer, byteOffset }) => new Int32Array(buffer, byteOffset, words)),
+    );
+    const onDevice = this.#buffers.partials.map((ranks) =>
+      ranks.map((whole) => made.words(whole, words)),
     );
     const copyIn = (turn: number, parity: number, rank: number) =>
-      made.copy(device.copyIn(onHost[turn]![rank]!, partials[parity]![rank]!));
+      made.copy(device.copyIn(onHost[turn]![rank]!, onDevice[parity]![rank]!));
     const ranks = Array.from({ length: plan.tp }, (_, rank) => rank);
     const peers = ranks.filter((rank) => rank !== plan.rank);
     const isAlone = plan.tp === 1;
     return {
+      tokens,
       positions,
       lastPositions,
       totalLengths,
+      embed,
       attention,
       ffn,
-      embedIn: [0, 1].map((turn) => ranks.map((rank) => copyIn(turn, 0, rank))),
       partialOut: [0, 1].map((turn) =>
         [0, 1].flatMap((parity) => {
           if (isAlone) return [];
-          const own = partials[parity]![plan.rank]!;
+          const own = onDevice[parity]![plan.rank]!;
           return [made.copy(device.copyOut(own, onHost[turn]![plan.rank]!))];
         }),
       ),

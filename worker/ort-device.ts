@@ -240,6 +240,80 @@ export class OrtDevice {
     return target;
   }
 
+  /** As `upload`, of a matrix (rows, columns): the tensor is (columns, rows). */
+  uploadTransposed(
+    array: Float32Array,
+    [rows, columns]: readonly [rows: number, columns: number],
+    type: ElementType,
+  ): DeviceTensor {
+    const { float32 } = elementType;
+    const key = `${float32} ${type} transposed`;
+    let session = this.#copiers.get(key);
+    if (session === undefined) {
+      const graph = new GraphBuilder();
+      graph.input('source', float32, ['rows', 'columns']);
+      let last = 'source';
+      if (type !== float32) {
+        graph.node('Cast', ['source'], ['cast'], [int('to', type)]);
+        last = 'cast';
+      }
+      graph.node('Transpose', [last], ['target']);
+      graph.output('target', type, ['columns', 'rows']);
+      session = this.session(graph.finish());
+      this.#copiers.set(key, session);
+    }
+    return this.#uploadThrough(session, array, [rows, columns], type, [columns, rows]);
+  }
+
+  /** As `upload`, of a matrix that lacks its last row: the tensor has zeros there. */
+  uploadPadded(
+    array: Float32Array,
+    [rows, columns]: readonly [rows: number, columns: number],
+    type: ElementType,
+  ): DeviceTensor {
+    const { float32 } = elementType;
+    const graph = new GraphBuilder();
+    graph.input('source', float32, [rows - 1, columns]);
+    let last = 'source';
+    if (type !== float32) {
+      graph.node('Cast', ['source'], ['cast'], [int('to', type)]);
+      last = 'cast';
+    }
+    graph.node('Pad', [last, graph.integers('pads', [0, 0, 1, 0])], ['target']);
+    graph.output('target', type, [rows, columns]);
+    // Once a shard: its memory is not to stay.
+    const session = this.session(graph.finish());
+    try {
+      return this.#uploadThrough(session, array, [rows - 1, columns], type, [rows, columns]);
+    } finally {
+      session.release();
+    }
+  }
+
+  #uploadThrough(
+    session: DeviceSession,
+    array: Float32Array,
+    from: readonly number[],
+    type: ElementType,
+    to: readonly number[],
+  ): DeviceTensor {
+    const target = this.allocate(type, to);
+    const source = this.host(array, from);
+    const bound = session.bind(
+      new Map<string, { readonly pointer: bigint }>([
+        ['source', source],
+        ['target', target],
+      ]),
+    );
+    bound.run();
+    bound.synchronize();
+    this.synchronize();
+    bound.release();
+    source.release();
+    this.traffic.toDevice += array.byteLength;
+    return target;
+  }
+
   /** Copies an array to a tensor, as often as it is run. The array must stay as it is until the device has it. */
   copyIn(array: TensorArray, target: DeviceTensor): Copy {
     const isConverted = elementTypeOf(array) !== target.type;

@@ -14,7 +14,7 @@ import { cliEntry } from '../../coordinator/package-root.js';
 import { Ranks } from '../../coordinator/ranks.js';
 import { embeddedModelPath, openCheckpoint } from '../../model/checkpoint.js';
 import { deviceOfRank } from '../../model/device-name.js';
-import type { WeightsMode } from '../../model/weights.js';
+import { formBytes, type WeightsMode } from '../../model/weights.js';
 import { SampledRows, type Step, type StepResult } from '../../proto/gen/cluster.js';
 import { readTinyGolden, sharedGolden } from '../golden.js';
 import { llama2Shapes, writeShapeCheckpoint } from './shape-checkpoint.js';
@@ -178,10 +178,12 @@ async function bench({ model, tp, weights, transport, batches }: Scenario): Prom
   );
   const loadSeconds = (performance.now() - startMs) / 1000;
   const { weightBytes, plan } = planned.ranks[0]!;
-  const embeddingBytes =
-    (planned.forms.embedding.kind === 'fp32' ? 4 : 1) *
-    plan.vocab.count *
-    checkpoint.config.hiddenSize;
+  // Few of its rows are read.
+  const embeddingBytes = formBytes(
+    planned.forms.embedding,
+    plan.vocab.count,
+    checkpoint.config.hiddenSize,
+  );
   let number = 0;
   const forward = async (step: Omit<Step, 'number'>) => {
     number += 1;
