@@ -3,7 +3,8 @@
  * long as such steps come.
  */
 import { elementType, elementTypeOf, type ElementType } from './ort.js';
-import type { BoundRun, Copy, DeviceSession, DeviceTensor, OrtDevice } from './ort-device.js';
+import type { BoundRun, DeviceSession } from './ort-binding.js';
+import type { Copy, DeviceTensor, OrtDevice } from './ort-device.js';
 
 type SmallArray = BigInt64Array | Int32Array | Float32Array;
 

@@ -15,12 +15,8 @@ import type { DeviceKv } from './device-kv.js';
 import type { DeviceMatrix, DeviceShard } from './device-shard.js';
 import { elementType, type TensorArray } from './ort.js';
 import { Kept, Made, type Bound, type HeadRuns, type StepRuns } from './device-runs.js';
-import {
-  tensorBytes,
-  type DeviceSession,
-  type DeviceTensor,
-  type OrtDevice,
-} from './ort-device.js';
+import type { DeviceSession } from './ort-binding.js';
+import { tensorBytes, type DeviceTensor, type OrtDevice } from './ort-device.js';
 import { rotaryTables } from './rotary.js';
 import type { AttentionGroup } from './step-layout.js';
 
