@@ -2,7 +2,7 @@
 # Correctness, then figures, on a bare machine with NVIDIA GPUs: no internet, no Redis, no root.
 #
 #   NODE=/opt/c/node CARAVAN_ORT_LIBRARY=/opt/c/ort/libonnxruntime.so.1.30.0 \
-#     CUDA_LIB=/usr/local/cuda-13.0/targets/x86_64-linux/lib test/bench/gpu.sh [--gpus N] [--only check,7b,70b] …
+#     CUDA_LIB=/usr/local/cuda-13.0/targets/x86_64-linux/lib test/bench/gpu.sh [--gpus N] [--only check,7b,70b] [--seconds 150] …
 #
 # What must be there: this repository with `dist/` built, `node_modules` (or a link to one) beside it, and what the
 # variables name. Their defaults: node on the PATH, the library beside CARAVAN_CARRY, CUDA in /usr/local/cuda. SHARED names the
