@@ -23,6 +23,7 @@ import type { Asked } from './openai.js';
 import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
 import type { Ending, JobTerms, Request, Usage } from './request.js';
 import type { Tenant } from './tenant.js';
+import { cancelJob } from './unheld-jobs.js';
 import type { WebhookIntake } from './webhook-intake.js';
 
 /** What happens to an answer. */
@@ -241,8 +242,7 @@ export class Answers {
 
   /** Nobody waits for it any more. */
   async cancel(id: string, model: string): Promise<void> {
-    const outcome = await this.#journal.requestCancel(id);
-    if (outcome === 'cancelled') await this.queueOf(model).remove(id);
+    await cancelJob(this.#journal, this.queueOf(model), id);
   }
 
   async close(): Promise<void> {

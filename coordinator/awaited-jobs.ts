@@ -16,7 +16,7 @@ export interface KnownJob {
 /** How often Redis is asked, should it be gone again or full. */
 const ATTEMPTS = 20;
 const PAUSE_MS = 500;
-/** How often jobs that nobody has taken are looked for in the queue. */
+/** How often jobs are looked for in the queue. */
 const SWEEP_EVERY_MS = 5_000;
 /** Between being written down and being queued nothing is lost yet. */
 const ON_ITS_WAY_MS = 3_000;
@@ -73,9 +73,11 @@ export class AwaitedJobs {
   async #renewLost(id: string): Promise<void> {
     try {
       const record = await this.#journal.job(id);
-      if (record?.status !== 'waiting') return;
-      if (Date.now() - record.createdMs < ON_ITS_WAY_MS) return;
-      if (!(await this.#calls.has(id, record.model))) await this.#renew(id);
+      if (record !== null) {
+        if (record.ending !== null || Date.now() - record.createdMs < ON_ITS_WAY_MS) return;
+        if (await this.#calls.has(id, record.model)) return;
+      }
+      await this.#renew(id);
     } catch {
       // Redis is away: the next sweep looks again.
     }

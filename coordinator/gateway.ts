@@ -23,6 +23,7 @@ import { WebhookRecords } from './store-webhooks.js';
 import { WebhookIntake } from './webhook-intake.js';
 import { WebhookPolicy } from './webhook-target.js';
 import { Webhooks } from './webhooks.js';
+import { endOverdueJobs } from './unheld-jobs.js';
 import { RedisWatch } from './store-watch.js';
 import { ResponseRecords } from './store-responses.js';
 import { BatchRecords } from './store-batches.js';
@@ -118,6 +119,7 @@ export async function runGateway(
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;
   let runningWebhooks: Promise<void> | null = null;
+  let endingOverdue: Promise<void> | null = null;
   const sending = { records: webhookRecords, journal, batchRecords, log };
   const sender =
     secret === undefined || policy === null ? null : new Webhooks({ ...sending, secret, policy });
@@ -134,11 +136,18 @@ export async function runGateway(
     onReady({ url, scalerPort: boundScalerPort, grpcPort: boundGrpcPort });
     runningBatches = batches.run(over);
     runningWebhooks = sender?.run(over) ?? null;
+    endingOverdue = endOverdueJobs(
+      journal,
+      () => store.modelNames(),
+      (model) => answers.queueOf(model),
+      over,
+    );
     await aborted(over);
     await app.close();
   } finally {
     await runningBatches;
     await runningWebhooks;
+    await endingOverdue;
     webhookRecords.close();
     scaler?.close();
     await jobs?.close();

@@ -15,7 +15,8 @@ import { Bell } from './bell.js';
 import type { Engine } from './engine.js';
 import type { Journal, Take } from './journal.js';
 import { chooseVictim, type HeldJob } from './order.js';
-import type { JobTaker, TakenJob } from './queue.js';
+import type { JobTaker } from './queue-taker.js';
+import type { TakenJob } from './taken-job.js';
 import type { JobSize } from './queue-order.js';
 import { resumedTokenCount, RunningJob, type RunnerLog } from './running-job.js';
 

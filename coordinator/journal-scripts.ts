@@ -230,3 +230,19 @@ expireAll(ARGV[2])
 redis.call('PUBLISH', ARGV[3], '')
 tellWebhook()
 return 'cancelled'`;
+
+/**
+ * KEYS job, streams, lists; ARGV ending if somebody asked for the cancellation, ending if not, retention in seconds,
+ * channel, number of streams. Ends a job that no engine ends. @returns missing, already or ended.
+ */
+export const endUnheldScript = `
+if redis.call('HEXISTS', KEYS[1], 'status') == 0 then return 'missing' end
+if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return 'already' end
+local ending = redis.call('HGET', KEYS[1], 'cancel') == '1' and ARGV[1] or ARGV[2]
+${streams}
+writeEnding(tonumber(ARGV[5]), ending, '')
+redis.call('HSET', KEYS[1], 'status', cjson.decode(ending).status, 'ending', ending)
+expireAll(ARGV[3])
+redis.call('PUBLISH', ARGV[4], '')
+tellWebhook()
+return 'ended'`;

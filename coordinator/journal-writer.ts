@@ -19,12 +19,14 @@ export class JournalWriter {
   #isStopped = false;
   readonly #onStale: () => void;
   readonly #onCancel: () => void;
+  readonly #onRestored: () => Promise<void>;
   readonly #onRefusal: (error: unknown) => void;
 
   /**
    * @param onStale another engine has taken the job: nothing of ours is written any more.
    * @param onRefusal hears of every refusal of Redis; the write is tried again.
    * @param onCancel somebody wants the job gone; may be called again.
+   * @param onRestored Redis had lost the job, and has it again in the journal, but in no queue.
    */
   constructor(
     journal: Journal,
@@ -32,11 +34,13 @@ export class JournalWriter {
     onStale: () => void,
     onRefusal: (error: unknown) => void,
     onCancel: () => void = () => undefined,
+    onRestored: () => Promise<void> = () => Promise.resolve(),
   ) {
     this.#journal = journal;
     this.#take = take;
     this.#onStale = onStale;
     this.#onCancel = onCancel;
+    this.#onRestored = onRestored;
     this.#onRefusal = onRefusal;
     this.sequences = take.sequences.map(
       (progress, index) =>
@@ -131,6 +135,7 @@ export class JournalWriter {
 
   async #restore(): Promise<void> {
     await this.#attempt(() => this.#journal.restore(this.#take));
+    await this.#attempt(() => this.#onRestored());
   }
 
   async #attempt<T>(write: () => Promise<T>): Promise<T | null> {

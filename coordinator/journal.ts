@@ -14,6 +14,7 @@ import {
   cancelScript,
   createScript,
   endScript,
+  endUnheldScript,
   finishScript,
   releaseScript,
   JOURNAL_VERSION,
@@ -58,6 +59,8 @@ export type Written =
 
 /** How long a job that has ended is kept. */
 const RETENTION_S = 24 * 3600;
+const CANCELLED = JSON.stringify({ status: 'cancelled' } satisfies Ending);
+const EXPIRED = JSON.stringify({ status: 'expired' } satisfies Ending);
 const CANCEL_CHANNEL = 'caravan:cancel';
 /** Sorted set: jobs that ended every engine that ran them, by when that was known, in milliseconds. */
 const DEAD = 'caravan:dead';
@@ -247,17 +250,26 @@ export class Journal extends JournalReader {
    * @throws CaravanError `not_found`.
    */
   async requestCancel(id: string): Promise<'cancelled' | 'requested' | 'already'> {
-    const ending: Ending = { status: 'cancelled' };
-    const request = await this.call(() => this.redis.hget(jobKey(id), 'request'));
-    if (request === null) throw unknownJob(id);
-    const count = sequenceCount(JSON.parse(request) as Request);
+    const count = await this.#sequenceCount(id);
+    if (count === null) throw unknownJob(id);
     const keys = keysOf(id, count);
-    const args = [JSON.stringify(ending), RETENTION_S, channelOf(id), count, CANCEL_CHANNEL, id];
+    const args = [CANCELLED, RETENTION_S, channelOf(id), count, CANCEL_CHANNEL, id];
     const outcome = (await this.call(() =>
       this.redis.eval(cancelScript, keys.length, ...keys, ...args),
     )) as 'missing' | 'already' | 'cancelled' | 'requested';
     if (outcome === 'missing') throw unknownJob(id);
     return outcome;
+  }
+
+  /** Ends a job that no engine ends: as cancelled if somebody asked for that, else as expired. */
+  async endUnheld(id: string): Promise<'missing' | 'already' | 'ended'> {
+    const count = await this.#sequenceCount(id);
+    if (count === null) return 'missing';
+    const keys = keysOf(id, count);
+    const args = [CANCELLED, EXPIRED, RETENTION_S, channelOf(id), count];
+    return (await this.call(() =>
+      this.redis.eval(endUnheldScript, keys.length, ...keys, ...args),
+    )) as 'missing' | 'already' | 'ended';
   }
 
   /** Whether somebody asked for the cancellation of an active job. */
@@ -278,6 +290,12 @@ export class Journal extends JournalReader {
   close(): void {
     this.redis.disconnect();
     this.channels.close();
+  }
+
+  /** @returns null for an unknown job. */
+  async #sequenceCount(id: string): Promise<number | null> {
+    const request = await this.call(() => this.redis.hget(jobKey(id), 'request'));
+    return request === null ? null : sequenceCount(JSON.parse(request) as Request);
   }
 
   /** The name of this run of Redis: another one may lack the last second of this one. */

@@ -26,7 +26,7 @@ import { EngineMetrics } from './metrics-engine.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
 import { openChecked } from './local-group.js';
 import { PodDeletionCost, type PodIdentity } from './pod-deletion-cost.js';
-import { JobTaker } from './queue.js';
+import { JobTaker } from './queue-taker.js';
 import { Ranks, type GroupSpec } from './ranks.js';
 import type { ModelCard } from './request.js';
 import { draftTokensOf } from './speculation.js';
@@ -44,6 +44,8 @@ export interface CoordinatorOptions {
   readonly maxBatchSize: number;
   /** A job that has waited this long gets its turn whatever else there is. */
   readonly agedAfterMs: number;
+  /** A job whose engine has said nothing for so long goes to another. */
+  readonly lockMs: number;
   readonly isExact: boolean;
   /** What all ranks compute on. */
   readonly device: string;

@@ -10,7 +10,7 @@
 import type { Redis } from 'ioredis';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey, streamKey } from './journal-keys.js';
-import { queueName } from './queue.js';
+import { queueName } from './queue-connection.js';
 import type { Request } from './request.js';
 import { asCall, connectRedis, type Patience } from './store-connection.js';
 

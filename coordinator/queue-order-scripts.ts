@@ -8,12 +8,14 @@
  *   caravan:order:QUEUE:ages       zset: id by the time of its submit
  *   caravan:order:QUEUE:due        zset: id by its latest start; promised jobs that wait
  *   caravan:order:QUEUE:promises   zset: id by its deadline; promised jobs that wait or run
+ *   caravan:order:QUEUE:deadlines  zset: id by its deadline; all jobs that have one and wait or run
  *   caravan:order:QUEUE:running    hash: id → record of a job that an engine has, with sinceMs and engine
  *   caravan:order:QUEUE:promoted   hash: id → when an engine chose it; it still waits, first in BullMQ's order
  *   caravan:order:QUEUE:served     hash: tenant → virtual time
  *   caravan:order:QUEUE:loads      hash: priority → tokens that wait
  *   caravan:order:QUEUE:tenants    hash: TENANT/jobs (waiting and running), TENANT/tokens (waiting)
  *   caravan:order:QUEUE:state      hash: floor, turn, jobs and tokens (waiting), version of the promises
+ *   caravan:order:QUEUE:odd        hash: id → since when BullMQ and the order were seen to differ about it (queue-mending)
  *
  *   reserved ──enter──> waiting ──promote──> promoted ──(BullMQ's fetch)──confirm──> running ──forget──> gone
  *                          ^                                                           │
@@ -37,8 +39,18 @@ export const orderParts = [
   'loads',
   'tenants',
   'state',
+  'deadlines',
+  'odd',
 ] as const;
-export const bullParts = ['prioritized', 'wait', 'delayed', 'meta', 'active'] as const;
+export const bullParts = [
+  'prioritized',
+  'wait',
+  'delayed',
+  'meta',
+  'active',
+  'completed',
+  'failed',
+] as const;
 
 /** Another engine leaves a job to the one that promoted it for this long. */
 export const PROMOTED_MS = 2_000;
@@ -51,7 +63,8 @@ export interface Script {
 
 const prelude = `
 local waiting, lanes, ages, due, promises, running, promoted, served, loads, tenants, state = unpack(KEYS, 1, 11)
-local prioritized, wait, delayed, meta, active = unpack(KEYS, 12, 16)
+local deadlines, odd = unpack(KEYS, 12, 13)
+local prioritized, wait, delayed, meta, active, completed, failed = unpack(KEYS, 14, 20)
 local call = redis.call
 local function add(key, field, by)
   if by ~= 0 and call('HINCRBY', key, field, string.format('%.0f', by)) == 0 then call('HDEL', key, field) end
@@ -76,6 +89,7 @@ local function reserve(job, text)
   call('HSET', waiting, job.id, text)
   countWaiting(job, 1)
   add(tenants, job.tenant .. '/jobs', 1)
+  if job.deadlineMs then call('ZADD', deadlines, string.format('%.0f', job.deadlineMs), job.id) end
   if job.latestStartMs then
     call('ZADD', promises, string.format('%.0f', job.deadlineMs), job.id)
     call('HINCRBY', state, 'version', 1)
@@ -101,9 +115,59 @@ local function putBack(job, tokens, outputTokens, preemptions)
   countWaiting(job, 1)
   enter(job)
 end
+local function forget(id, unusedTokens)
+  local isWaiting = call('HGET', waiting, id)
+  local text = isWaiting or call('HGET', running, id)
+  if not text then return 0 end
+  local job = cjson.decode(text)
+  if isWaiting then
+    leave(job)
+    countWaiting(job, -1)
+    refund(job, job.tokens)
+  else
+    refund(job, unusedTokens)
+  end
+  call('HDEL', waiting, id)
+  call('HDEL', running, id)
+  call('HDEL', promoted, id)
+  call('ZREM', deadlines, id)
+  if call('ZREM', promises, id) == 1 then call('HINCRBY', state, 'version', 1) end
+  add(tenants, job.tenant .. '/jobs', -1)
+  return 1
+end
+local function run(job, now, engine)
+  leave(job)
+  countWaiting(job, -1)
+  call('HDEL', waiting, job.id)
+  call('HDEL', promoted, job.id)
+  job.sinceMs = now
+  job.engine = engine
+  local text = cjson.encode(job)
+  call('HSET', running, job.id, text)
+  return text
+end
+local function bullKeyOf(id) return string.gsub(wait, 'wait$', '') .. id end
+-- Where BullMQ has a job that has not ended for it.
+local function standing(id)
+  if call('ZSCORE', prioritized, id) then return 'prioritized' end
+  if call('LPOS', active, id) then return 'active' end
+  if call('ZSCORE', delayed, id) then return 'delayed' end
+  if call('LPOS', wait, id) then return 'wait' end
+end
+-- BullMQ knows the job, and it stands nowhere: it waits again. Adding it anew would do nothing.
+local function revive(job)
+  local key = bullKeyOf(job.id)
+  if call('EXISTS', key) == 0 then return false end
+  call('ZREM', completed, job.id)
+  call('ZREM', failed, job.id)
+  call('HDEL', key, 'finishedOn', 'processedOn', 'returnvalue', 'failedReason', 'stacktrace')
+  call('HSET', key, 'priority', job.priority)
+  call('ZADD', prioritized, job.priority * 0x100000000, job.id)
+  return true
+end
 `;
 
-const script = (text: string): Script => ({
+export const script = (text: string): Script => ({
   text: `${prelude}${text}`,
   digest: createHash('sha1').update(`${prelude}${text}`).digest('hex'),
 });
@@ -122,24 +186,28 @@ local stands = {
   number(call('HGET', state, 'tokens')) + job.tokens,
   number(call('HGET', tenants, job.tenant .. '/jobs')) + 1,
   number(call('HGET', tenants, job.tenant .. '/tokens')) + job.tokens,
-  number(call('GET', KEYS[17])) + 1,
+  number(call('GET', KEYS[21])) + 1,
 }
 for i = 1, 5 do
   if ARGV[i + 1] ~= '' and stands[i] > tonumber(ARGV[i + 1]) then return {'full', i, string.format('%.0f', stands[i])} end
 end
 if ARGV[7] ~= '' and number(call('HGET', state, 'version')) ~= tonumber(ARGV[7]) then return {'raced'} end
 if ARGV[6] ~= '' then
-  call('INCR', KEYS[17])
-  call('EXPIRE', KEYS[17], 120)
+  call('INCR', KEYS[21])
+  call('EXPIRE', KEYS[21], 120)
 end
 reserve(job, ARGV[1])
 return {'reserved'}`);
 
-/** ARGV id. The job is in BullMQ: it can be chosen. */
+/** ARGV id. The job was added to BullMQ: it can be chosen. */
 export const enterScript = script(`
 local text = call('HGET', waiting, ARGV[1])
 if not text then return 0 end
-enter(cjson.decode(text))
+local job = cjson.decode(text)
+local at = standing(job.id)
+if at == 'active' then return 0 end
+if not at then revive(job) end
+enter(job)
 call('PUBLISH', wakeOf(), '')
 return 1`);
 
@@ -233,16 +301,18 @@ call('HSET', state, 'floor', string.format('%.17g', floor))
 call('HINCRBY', state, 'turn', 1)
 return 'promoted'`);
 
-/** ARGV id, now, engine. BullMQ gave it to this engine. @returns its record, or nothing when no engine had chosen it. */
+/**
+ * ARGV id, now, engine. BullMQ gave it to this engine.
+ * @returns its record, or nothing when no engine had chosen it.
+ */
 export const confirmScript = script(`
 local id = ARGV[1]
 local text = call('HDEL', promoted, id) == 1 and call('HGET', waiting, id)
-if not text then return nil end
-local job = cjson.decode(text)
-leave(job)
-countWaiting(job, -1)
-call('HDEL', waiting, id)
-job.sinceMs = tonumber(ARGV[2])
+if text then return run(cjson.decode(text), tonumber(ARGV[2]), ARGV[3]) end
+-- Asked again after a lost answer; or it took so long that it was put here as nobody's.
+text = call('HGET', running, id)
+local job = text and cjson.decode(text)
+if not job or (job.engine ~= '' and job.engine ~= ARGV[3]) then return nil end
 job.engine = ARGV[3]
 text = cjson.encode(job)
 call('HSET', running, id, text)
@@ -260,25 +330,7 @@ call('PUBLISH', wakeOf(), '')
 return 1`);
 
 /** ARGV id, tokens of what it was charged for that it did not use. It waits and runs no more. */
-export const forgetScript = script(`
-local id = ARGV[1]
-local isWaiting = call('HGET', waiting, id)
-local text = isWaiting or call('HGET', running, id)
-if not text then return 0 end
-local job = cjson.decode(text)
-if isWaiting then
-  leave(job)
-  countWaiting(job, -1)
-  refund(job, job.tokens)
-else
-  refund(job, tonumber(ARGV[2]))
-end
-call('HDEL', waiting, id)
-call('HDEL', running, id)
-call('HDEL', promoted, id)
-if call('ZREM', promises, id) == 1 then call('HINCRBY', state, 'version', 1) end
-add(tenants, job.tenant .. '/jobs', -1)
-return 1`);
+export const forgetScript = script(`return forget(ARGV[1], tonumber(ARGV[2]))`);
 
 /**
  * What stands in the queue, for an estimate: at most ARGV[1] promised jobs, and as many running ones.

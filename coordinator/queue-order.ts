@@ -1,10 +1,9 @@
 /** The order of one model's queue, as Redis keeps it beside BullMQ's own structures: see queue-order-scripts. */
 import type { Redis } from 'ioredis';
-import { CaravanError } from '../proto/errors.js';
 import type { Stand } from './admission.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey } from './journal-keys.js';
-import { laneOf, type Choice, type HeldJob, type OrderView, type QueuedJob } from './order.js';
+import type { Choice, HeldJob, OrderView, QueuedJob } from './order.js';
 import {
   adoptScript,
   bullParts,
@@ -20,13 +19,22 @@ import {
   standScript,
   type Script,
 } from './queue-order-scripts.js';
+import {
+  holdScript,
+  hurryScript,
+  mendScript,
+  overdueScript,
+  standingScript,
+} from './queue-mend-scripts.js';
+import { jobOf, queuedJobOf, recordOf } from './queue-record.js';
 import type { JobTerms, Request } from './request.js';
 
-export const DEFAULT_TENANT = 'default';
 /** What the order knows of a job that was added to BullMQ by others and that no journal knows. */
 const FOREIGN_TERMS: JobTerms = { priority: 100, deadlineMs: null };
 /** What is in one of the two alone may be on its way into the other. */
-const ON_ITS_WAY_MS = 10_000;
+const SETTLED_MS = 2_000;
+/** An engine that has not ended a job so long after its deadline has died. */
+const LATE_ENGINE_MS = 15_000;
 /** Promised jobs, and running ones, that an estimate reckons with. */
 const MAX_STANDING = 5_000;
 /** Records that are asked for in one round trip. */
@@ -51,6 +59,12 @@ export function jobSizeOf(request: Request, maxSeqLen = Infinity): JobSize {
     outputTokens = Math.max(outputTokens, output);
   }
   return { tokens, outputTokens };
+}
+
+/** A job that the order has and BullMQ has lost. */
+export interface LostJob {
+  readonly id: string;
+  readonly terms: JobTerms;
 }
 
 /** What may be in the queue; null for no limit. */
@@ -122,12 +136,12 @@ export class QueueOrder {
     nowMs: number,
     { limits, version }: { limits?: QueueLimits; version?: number } = {},
   ): Promise<Reserved> {
-    const job = recordOf(id, terms, size, nowMs);
+    const job = queuedJobOf(id, terms, size, nowMs);
     const minute = Math.floor(nowMs / 60_000);
     const [kind, which, stands] = (await this.#run(
       reserveScript,
       [
-        JSON.stringify({ ...job, lane: laneOf(job as QueuedJob) }),
+        JSON.stringify(recordOf(job)),
         ...limitNames.map((name) => limits?.[name] ?? ''),
         version ?? '',
       ],
@@ -223,14 +237,30 @@ export class QueueOrder {
     await this.#run(forgetScript, [id, unusedTokens]);
   }
 
+  /** An engine runs the job, though Redis may have forgotten that it ever was in the queue. */
+  async hold(job: HeldJob, engineId: string): Promise<void> {
+    await this.#run(holdScript, [
+      JSON.stringify({ ...recordOf(job), sinceMs: job.sinceMs, engine: engineId }),
+    ]);
+  }
+
+  /** From `nowMs` on the job's time is over. */
+  async hurry(id: string, nowMs: number): Promise<void> {
+    await this.#run(hurryScript, [id, nowMs]);
+  }
+
   /** Takes in jobs that BullMQ would hand out unchosen, and those that it alone knows. */
   async adopt(nowMs: number): Promise<void> {
     const ids = (await this.#run(adoptScript, [`bull:${this.#queue}:`, nowMs])) as string[];
     await this.#addUnknown(ids, nowMs);
   }
 
-  /** Makes the order and BullMQ agree on who waits and who runs. */
-  async reconcile(nowMs: number): Promise<void> {
+  /**
+   * Makes the order, BullMQ and the journal agree on who waits and who runs.
+   *
+   * @returns jobs that BullMQ is to be given anew.
+   */
+  async reconcile(nowMs: number): Promise<LostJob[]> {
     await this.adopt(nowMs);
     const key = (part: (typeof orderParts)[number] | (typeof bullParts)[number]): string =>
       this.#keys[[...orderParts, ...bullParts].indexOf(part)]!;
@@ -238,29 +268,58 @@ export class QueueOrder {
       .multi()
       .zrange(key('prioritized'), 0, '-1')
       .lrange(key('active'), 0, -1)
+      .zrange(key('delayed'), 0, '-1')
       .zrange(key('ages'), 0, '-1')
-      .hgetall(key('waiting'))
-      .hgetall(key('running'))
+      .hkeys(key('waiting'))
+      .hkeys(key('running'))
+      .hkeys(key('odd'))
       .exec();
-    const [prioritized, active, entered, waiting, running] = (results ?? []).map(
+    const [prioritized, active, delayed, ages, waiting, running, odd] = (results ?? []).map(
       ([error, answer]) => {
         if (error !== null) throw error;
-        return answer;
+        return answer as string[];
       },
-    ) as [string[], string[], string[], Record<string, string>, Record<string, string>];
-    const hasEntered = new Set(entered);
-    const strangers = prioritized.filter((id) => !hasEntered.has(id));
-    await this.#addUnknown(strangers, nowMs);
-    const [waits, runs] = [new Set(prioritized), new Set(active)];
-    for (const [id, text] of Object.entries(waiting)) {
-      const isOld = nowMs - jobOf(text).queuedMs > ON_ITS_WAY_MS;
-      if (isOld && !waits.has(id) && !runs.has(id)) await this.forget(id);
+    ) as [string[], string[], string[], string[], string[], string[], string[]];
+    const entered = new Set(ages);
+    const strangers = prioritized.filter((id) => !entered.has(id));
+    // Where BullMQ would give them to an engine there is nothing to wait for.
+    const lost = await this.mend(strangers, nowMs, 0);
+    const [waits, runs, pauses] = [new Set(prioritized), new Set(active), new Set(delayed)];
+    const differing = new Set(odd);
+    for (const id of waiting) if (!waits.has(id) && !pauses.has(id)) differing.add(id);
+    for (const id of running) if (!runs.has(id) && !pauses.has(id)) differing.add(id);
+    return [...lost, ...(await this.mend([...differing], nowMs))];
+  }
+
+  /**
+   * Settles what becomes of jobs that may stand differently in the order and in BullMQ.
+   *
+   * @param settledMs how long they must have differed.
+   * @returns those that BullMQ is to be given anew.
+   */
+  async mend(ids: readonly string[], nowMs: number, settledMs = SETTLED_MS): Promise<LostJob[]> {
+    const lost: LostJob[] = [];
+    for (let start = 0; start < ids.length; start += PIPELINE_JOBS) {
+      const part = ids.slice(start, start + PIPELINE_JOBS);
+      const [unknown, absent, terms] = (await this.#run(mendScript, [
+        ...[nowMs, settledMs, ...part],
+      ])) as [string[], string[], string[]];
+      await this.#addUnknown(unknown, nowMs);
+      for (const [i, id] of absent.entries()) {
+        lost.push({ id, terms: JSON.parse(terms[i]!) as JobTerms });
+      }
     }
-    for (const [id, text] of Object.entries(running)) {
-      const isOld = nowMs - (JSON.parse(text) as HeldJob).sinceMs > ON_ITS_WAY_MS;
-      if (waits.has(id)) await this.putBack(id, null, false);
-      else if (isOld && !runs.has(id)) await this.forget(id);
-    }
+    return lost;
+  }
+
+  /** Whether BullMQ has the job among those that have not ended. */
+  async isStanding(id: string): Promise<boolean> {
+    return (await this.#run(standingScript, [id])) !== '';
+  }
+
+  /** Ids of jobs whose deadline has passed and that no engine ends, at most `limit`. */
+  async overdue(nowMs: number, limit: number): Promise<string[]> {
+    return (await this.#run(overdueScript, [nowMs, LATE_ENGINE_MS, limit])) as string[];
   }
 
   /** Brings jobs of BullMQ into the order, by what the journal knows of them. */
@@ -298,31 +357,4 @@ export class QueueOrder {
       return this.#redis.eval(text, keys.length, ...keys, ...args);
     }
   }
-}
-
-/** A record as Redis keeps it: what is null is left out, since Lua takes JSON's null for true. */
-function recordOf(id: string, terms: JobTerms, size: JobSize, queuedMs: number) {
-  const { priority, deadlineMs, tenant, weight, latestStartMs } = terms;
-  if (latestStartMs !== undefined && deadlineMs === null) {
-    throw new CaravanError('internal', `job ${id} has a latest start and no deadline`);
-  }
-  return {
-    ...{ id, tenant: tenant ?? DEFAULT_TENANT, weight: weight ?? 1, priority },
-    deadlineMs: deadlineMs === null ? null : Math.round(deadlineMs),
-    queuedMs: Math.round(queuedMs),
-    tokens: size.tokens,
-    outputTokens: size.outputTokens,
-    ...(latestStartMs === undefined ? {} : { latestStartMs: Math.round(latestStartMs) }),
-    preemptions: 0,
-  };
-}
-
-function jobOf(text: string): QueuedJob {
-  const { id, tenant, weight, priority, deadlineMs, queuedMs, tokens, outputTokens, ...rest } =
-    JSON.parse(text) as Omit<QueuedJob, 'latestStartMs'> & { latestStartMs?: number };
-  return {
-    ...{ id, tenant, weight, priority, deadlineMs, queuedMs, tokens, outputTokens },
-    latestStartMs: rest.latestStartMs ?? null,
-    preemptions: rest.preemptions,
-  };
 }

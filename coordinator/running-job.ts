@@ -17,7 +17,7 @@ import type { Journal, Take } from './journal.js';
 import { ALONE_FROM } from './journal-scripts.js';
 import { JournalWriter } from './journal-writer.js';
 import { urgencyOf } from './order.js';
-import type { TakenJob } from './queue.js';
+import type { TakenJob } from './taken-job.js';
 import type { JobSize } from './queue-order.js';
 import type { Ending, FinishReason } from './request.js';
 
@@ -98,6 +98,7 @@ export class RunningJob {
       () => {
         this.cancel();
       },
+      () => taken.keep(),
     );
     this.#journal = journal;
   }

@@ -358,6 +358,12 @@ export const settingTable = {
     rule: 'a whole number of seconds from 1 to 31536000',
     schema: whole(1, 31_536_000),
   }),
+  jobLock: defaulted(6, {
+    argument: '<seconds>',
+    description: 'how long an engine that has died keeps its jobs from others',
+    rule: 'a whole number of seconds from 1 to 600',
+    schema: whole(1, 600),
+  }),
   deadline: optional({
     argument: '<seconds>',
     description: 'seconds from now after which the job expires',

@@ -85,6 +85,11 @@ export class Store {
     return cards.sort((a, b) => (a.name < b.name ? -1 : 1));
   }
 
+  /** Names of the models that have a card. */
+  async modelNames(): Promise<string[]> {
+    return this.#call(() => this.#redis.hkeys(CARDS));
+  }
+
   async beat(beat: EngineBeat): Promise<void> {
     const key = engineKey(beat.model, beat.engineId);
     await this.#call(() => this.#redis.set(key, JSON.stringify(beat), 'PX', HEARTBEAT_TTL_MS));

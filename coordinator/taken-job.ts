@@ -17,6 +17,8 @@ export interface TakenJob {
   giveBack(left?: JobSize, isPreempted?: boolean): Promise<void>;
   /** Back to the queue, not to be taken before so many milliseconds have passed. */
   giveBackLater(delayMs: number): Promise<void>;
+  /** Redis had lost the job: should this engine die, it is not forgotten. Can be repeated. */
+  keep(): Promise<void>;
   /** Another engine has it, or soon will: its lock is not renewed any more. */
   drop(): void;
 }

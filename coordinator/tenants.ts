@@ -14,7 +14,7 @@ import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
 import type { ApiKeys } from './api-keys.js';
 import { bearerKey, keyDigest, KeyRing } from './key-ring.js';
-import { DEFAULT_TENANT } from './queue-order.js';
+import { DEFAULT_TENANT } from './queue-record.js';
 import { tenantName, type Tenant, type TenantClaim } from './tenant.js';
 
 const count = z.number().int().min(1).max(Number.MAX_SAFE_INTEGER).optional();

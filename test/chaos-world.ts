@@ -98,6 +98,8 @@ export interface WorldSize {
   readonly gateways: number;
   readonly tp: number;
   readonly maxBatchSize: number;
+  /** More arguments of coordinators. */
+  readonly more?: readonly string[];
 }
 
 export class ChaosWorld {
@@ -117,7 +119,7 @@ export class ChaosWorld {
    * @param onLine hears what coordinators log.
    */
   static async start(
-    { engines, gateways, tp, maxBatchSize }: WorldSize,
+    { engines, gateways, tp, maxBatchSize, more = [] }: WorldSize,
     onLine: (line: LogLine) => void,
   ): Promise<ChaosWorld> {
     const redis = await startRedis();
@@ -134,7 +136,7 @@ export class ChaosWorld {
         members.push(new Member('rank', workerEntry, args, silent));
       }
       const args = ['coordinator', '--ranks', addresses.join(','), '--redis', redis.url, '--exact'];
-      args.push('--model', 'caravan-tiny', '--max-batch-size', String(maxBatchSize));
+      args.push('--model', 'caravan-tiny', '--max-batch-size', String(maxBatchSize), ...more);
       members.push(
         new Member('coordinator', cliEntry, args, (line) => {
           if (line.startsWith('{')) onLine(JSON.parse(line) as LogLine);

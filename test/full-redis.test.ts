@@ -1,11 +1,18 @@
-/** A Redis without memory refuses writes: engines wait, and go on where they stood when there is room again. */
+/**
+ * A Redis without memory refuses writes: engines wait, and go on where they stood when there is room again; gateways refuse
+ * what is submitted, and say why.
+ */
 import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
 import { after, test } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Redis } from 'ioredis';
 import { Journal, newJobId } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
+import { startGatewayProcess } from './gateway-process.js';
 import { startEngine, tinyTokenizer, type RealEngine } from './real-engine.js';
 import { startRedis } from './redis-server.js';
 
@@ -33,6 +40,24 @@ async function refusals(before = -1): Promise<number> {
   }
 }
 
+/** What a client is told whose job finds no room. */
+async function refused(url: string): Promise<void> {
+  const response = await fetch(`${url}/v1/completions`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify({ prompt: 'Once', max_tokens: 4 }),
+  });
+  assert.equal(response.status, 503);
+  const { error } = (await response.json()) as { error: Record<string, string | null> };
+  assert.equal(error['code'], 'redis_unavailable');
+  assert.equal(error['type'], 'server_error');
+  assert.match(error['message']!, /Redis refused: OOM/);
+}
+
+/** What the journal and the queue have. */
+const jobKeys = async (): Promise<string[]> =>
+  (await Promise.all(['caravan:{job_*', 'bull:*:job_*'].map((mask) => raw.keys(mask)))).flat();
+
 void test('an engine waits for room in Redis, at its start and in the middle of a job', async () => {
   await fill();
   const before = await refusals();
@@ -57,6 +82,8 @@ void test('an engine waits for room in Redis, at its start and in the middle of 
     };
     const journal = await Journal.open(redis.url, 'patient');
     const queue = new JobQueue(redis.url, engine.model);
+    const files = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-full-'));
+    const gateway = await startGatewayProcess(redis.url, ['--files', files], 256);
     const run = async (isDisturbed: boolean): Promise<number[]> => {
       const id = newJobId();
       await journal.create(id, request, terms);
@@ -71,9 +98,12 @@ void test('an engine waits for room in Redis, at its start and in the middle of 
         tokenIds.push(...entry.tokenIds);
         if (!isDisturbed || isFilled || tokenIds.length < 20) continue;
         isFilled = true;
-        const refused = await refusals();
+        const count = await refusals();
         await fill();
-        await refusals(refused);
+        await refusals(count);
+        const keys = await jobKeys();
+        await refused(gateway.url);
+        assert.deepEqual(await jobKeys(), keys, 'nothing is left of what was refused');
         await empty();
       }
       return tokenIds;
@@ -83,8 +113,10 @@ void test('an engine waits for room in Redis, at its start and in the middle of 
       assert.equal(undisturbed.length, TOKENS);
       assert.deepEqual(await run(true), undisturbed);
     } finally {
+      await gateway.kill();
       await queue.close();
       journal.close();
+      fs.rmSync(files, { recursive: true });
     }
   } finally {
     await empty();

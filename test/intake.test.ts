@@ -5,7 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test, type TestContext } from 'node:test';
 import { Redis } from 'ioredis';
-import { queueName } from '../coordinator/queue.js';
+import { queueName } from '../coordinator/queue-connection.js';
 import { Tenants } from '../coordinator/tenants.js';
 import { openRules, startGateway, type TestGateway } from './gateway.js';
 

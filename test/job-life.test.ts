@@ -8,7 +8,8 @@ import { after, test, type TestContext } from 'node:test';
 import type { Engine, SequenceSink, SequenceSpec } from '../coordinator/engine.js';
 import { JobRunner } from '../coordinator/job-runner.js';
 import { Journal, newJobId, type JournalEntry } from '../coordinator/journal.js';
-import { JobQueue, JobTaker } from '../coordinator/queue.js';
+import { JobTaker } from '../coordinator/queue-taker.js';
+import { JobQueue } from '../coordinator/queue.js';
 import type { Ending, JobTerms, Request } from '../coordinator/request.js';
 import { CaravanError } from '../proto/errors.js';
 import { startRedis } from './redis-server.js';
@@ -22,7 +23,6 @@ after(async () => {
 
 const TIMEOUT_MS = 30_000;
 const quiet = { info: () => undefined, warn: () => undefined };
-const ignore = (): void => undefined;
 
 interface StandInSequence {
   readonly spec: SequenceSpec;
@@ -98,7 +98,7 @@ const newModel = (): string => `model-${(modelCount += 1)}`;
 
 function startRunner(context: TestContext, model: string, slotCount = 4): Running {
   const engine = new StandInEngine(slotCount);
-  const taker = new JobTaker(redis.url, model, ignore);
+  const taker = new JobTaker(redis.url, model);
   const drained = new AbortController();
   const stopped = new AbortController();
   const runner = new JobRunner(engine, journal, taker, `engine of ${model}`, quiet);
@@ -272,7 +272,7 @@ void test('the job of a dead engine moves again within fifteen seconds', async (
   const queue = openQueue(context, model);
   const id = await submit(queue, model, 4);
   // An engine that took the job, wrote two tokens, and renews its lock no more.
-  const dead = new JobTaker(redis.url, model, ignore);
+  const dead = new JobTaker(redis.url, model);
   assert.equal((await dead.take(AbortSignal.timeout(TIMEOUT_MS)))?.id, id);
   const take = await journal.take(id, 'dead');
   assert.ok(take.kind === 'taken');

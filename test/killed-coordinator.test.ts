@@ -19,7 +19,7 @@ const terms = { priority: 100, deadlineMs: null };
 
 const redis = await startRedis();
 after(() => redis.stop());
-const engine = await startEngine(redis.url, { tp: 2, maxBatchSize: 4 });
+const engine = await startEngine(redis.url, { tp: 2, maxBatchSize: 4, args: ['--job-lock', '2'] });
 after(() => engine.stop());
 const journal = await Journal.open(redis.url, 'patient');
 after(() => {

@@ -10,7 +10,8 @@ import type { Engine, SequenceSink, SequenceSpec } from '../coordinator/engine.j
 import { JobRunner } from '../coordinator/job-runner.js';
 import { JournalWriter } from '../coordinator/journal-writer.js';
 import { Journal, newJobId, type JournalEntry, type Take } from '../coordinator/journal.js';
-import { JobQueue, JobTaker } from '../coordinator/queue.js';
+import { JobTaker } from '../coordinator/queue-taker.js';
+import { JobQueue } from '../coordinator/queue.js';
 import type { Ending, Request } from '../coordinator/request.js';
 import { startRedis } from './redis-server.js';
 
@@ -223,7 +224,7 @@ void test('an engine that lost its job renews its lock no more', async () => {
   await queue.submit(id, terms);
   const over = new AbortController();
   const engine = new HoldingEngine();
-  const taker = new JobTaker(redis.url, model, ignore);
+  const taker = new JobTaker(redis.url, model, ignore, { agedAfterMs: Infinity, lockMs: 2_000 });
   const runner = new JobRunner(engine, journal, taker, 'e', quiet);
   const running = runner.run(over.signal, over.signal);
   await once(engine, 'added', { signal: AbortSignal.timeout(20_000) });

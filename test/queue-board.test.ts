@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
 import { Job, Queue, Worker } from 'bullmq';
-import { queueName } from '../coordinator/queue.js';
+import { queueName } from '../coordinator/queue-connection.js';
 import { startGateway } from './gateway.js';
 
 const gateway = await startGateway();

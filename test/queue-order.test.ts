@@ -4,7 +4,10 @@ import { after, test, type TestContext } from 'node:test';
 import { Queue } from 'bullmq';
 import { Redis } from 'ioredis';
 import { Journal, newJobId } from '../coordinator/journal.js';
-import { JobQueue, JobTaker, queueName, type TakenJob } from '../coordinator/queue.js';
+import { queueName } from '../coordinator/queue-connection.js';
+import { JobTaker } from '../coordinator/queue-taker.js';
+import { JobQueue } from '../coordinator/queue.js';
+import type { TakenJob } from '../coordinator/taken-job.js';
 import { QueueOrder } from '../coordinator/queue-order.js';
 import type { JobTerms, Request } from '../coordinator/request.js';
 import { startRedis } from './redis-server.js';
@@ -175,6 +178,68 @@ void test('an engine that starts brings the order and BullMQ together', async (c
   assert.deepEqual(await takeAll(taker, 1), ['both']);
   assert.equal((await queue.counts()).waiting, 0);
   await leavesNothing('apart');
+});
+
+void test('what a death or a forgetful Redis leaves between the two is mended while an engine runs', async (context) => {
+  const { startTaker, add, bull, order } = open(context, 'mended');
+  const journal = await Journal.open(redis.url, 'patient');
+  context.after(() => {
+    journal.close();
+  });
+  const request: Request = {
+    version: 1,
+    model: 'mended',
+    promptTokenIds: [1, 2, 3],
+    sampling: { temperature: 0, topP: 1, topK: 0, seed: 1 },
+    maxTokens: 4,
+    stop: [],
+    ignoreEos: true,
+    isTextStart: false,
+  };
+  const terms = { priority: 100, deadlineMs: null };
+  const addWritten = async (): Promise<string> => {
+    const id = newJobId();
+    await journal.create(id, request, terms);
+    await add(id);
+    return id;
+  };
+  const taker = startTaker();
+  assert.equal(await taker.take(AbortSignal.timeout(600)), null);
+
+  // BullMQ has lost one, and its record too.
+  const removed = await addWritten();
+  await (await bull.getJob(removed))!.remove();
+  // Another stands nowhere, a third among those that failed: adding them anew would do nothing.
+  const nowhere = await addWritten();
+  await raw.zrem(bull.toKey('prioritized'), nowhere);
+  const failed = await addWritten();
+  await raw.zrem(bull.toKey('prioritized'), failed);
+  await raw.zadd(bull.toKey('failed'), Date.now(), failed);
+  // Redis lost a job that an engine runs, which wrote it down again and died.
+  const restored = newJobId();
+  await journal.create(restored, request, terms);
+  const held = { id: restored, tenant: 'a', weight: 1, priority: 100, deadlineMs: null };
+  const sizes = { ...size, queuedMs: 0, latestStartMs: null, preemptions: 0, sinceMs: 0 };
+  await order.hold({ ...held, ...sizes }, 'dead');
+  // As many jobs on both sides as before: BullMQ has some that the order has not.
+  const strangers = ['x', 'y', 'z'];
+  for (const jobId of strangers) await bull.add('generate', {}, { jobId, priority: 1000 });
+
+  const ids = await takeAll(taker, 7);
+  assert.deepEqual(ids.toSorted(), [removed, nowhere, failed, restored, ...strangers].toSorted());
+  // An engine was so slow to say that it has the job that another was about to choose it.
+  const slow = await addWritten();
+  const choice = await taker.choose();
+  assert.ok(await taker.claim(choice!));
+  await raw.zrem(bull.toKey('prioritized'), slow);
+  await raw.lpush(bull.toKey('active'), slow);
+  assert.deepEqual(await order.mend([slow], Date.now(), 0), []);
+  assert.equal((await order.confirm(slow, 'slow', Date.now()))?.id, slow);
+  assert.equal((await order.confirm(slow, 'slow', Date.now()))?.id, slow);
+  assert.equal(await order.confirm(slow, 'other', Date.now()), null);
+  await raw.lrem(bull.toKey('active'), 0, slow);
+  await order.forget(slow);
+  await leavesNothing('mended');
 });
 
 void test('a paused queue hands out nothing until it goes on', async (context) => {

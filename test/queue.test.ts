@@ -1,7 +1,9 @@
 /** The queue keeps order and locks, and says within seconds that Redis is dead. */
 import assert from 'node:assert/strict';
 import { after, test, type TestContext } from 'node:test';
-import { JobQueue, JobTaker, type TakenJob } from '../coordinator/queue.js';
+import { JobTaker } from '../coordinator/queue-taker.js';
+import { JobQueue } from '../coordinator/queue.js';
+import type { TakenJob } from '../coordinator/taken-job.js';
 import { freePort, startRedis } from './redis-server.js';
 
 /** Longer than a lock and two checks for jobs whose lock ran out. */

@@ -9,7 +9,8 @@ import { Redis } from 'ioredis';
 import type { Engine, SequenceSink, SequenceSpec } from '../coordinator/engine.js';
 import { JobRunner } from '../coordinator/job-runner.js';
 import { Journal, newJobId } from '../coordinator/journal.js';
-import { JobQueue, JobTaker } from '../coordinator/queue.js';
+import { JobTaker } from '../coordinator/queue-taker.js';
+import { JobQueue } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
 import { startRedis } from './redis-server.js';
 

@@ -9,7 +9,8 @@ import { after, test } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Redis } from 'ioredis';
 import { Journal, newJobId } from '../coordinator/journal.js';
-import { JobQueue, queueName } from '../coordinator/queue.js';
+import { queueName } from '../coordinator/queue-connection.js';
+import { JobQueue } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
 import { startEngine, tinyTokenizer } from './real-engine.js';
 import { startRedis } from './redis-server.js';
@@ -21,6 +22,8 @@ const TP = isLong ? 2 : 1;
 /** How often all locks are torn away while the jobs run. */
 const ROUNDS = isLong ? 4 : 0;
 const TIMEOUT_MS = 120_000;
+/** Jobs of a frozen engine move sooner. */
+const args = ['--job-lock', '2'];
 const terms = { priority: 100, deadlineMs: null };
 
 const redis = await startRedis();
@@ -32,8 +35,8 @@ after(() => {
   raw.disconnect();
 });
 const [one, other] = await Promise.all([
-  startEngine(redis.url, { tp: TP, maxBatchSize: 2 * JOBS }),
-  startEngine(redis.url, { tp: TP, maxBatchSize: 2 * JOBS }),
+  startEngine(redis.url, { tp: TP, maxBatchSize: 2 * JOBS, args }),
+  startEngine(redis.url, { tp: TP, maxBatchSize: 2 * JOBS, args }),
 ]);
 after(() => Promise.all([one.stop(), other.stop()]));
 const { model } = one;

@@ -1,11 +1,13 @@
 /** `caravan cancel`: withdraws a job, waiting or running. */
 import type { Command } from 'commander';
 import { Journal } from '../journal.js';
+import { unknownJob } from '../journal-reader.js';
 import { JobQueue } from '../queue.js';
+import { cancelJob } from '../unheld-jobs.js';
 import { declareSettings } from './options.js';
 
 const outcomes = {
-  cancelled: 'cancelled before it ran',
+  cancelled: 'cancelled',
   requested: 'its engine was asked to end it',
   already: 'it had ended already',
 } as const;
@@ -20,12 +22,10 @@ export function register(program: Command): void {
     const { redis, json } = settings();
     const journal = await Journal.open(redis, 'impatient');
     try {
-      const outcome = await journal.requestCancel(id);
-      if (outcome === 'cancelled') {
-        const queue = new JobQueue(redis, (await journal.job(id))!.model);
-        await queue.remove(id);
-        await queue.close();
-      }
+      const job = await journal.job(id);
+      if (job === null) throw unknownJob(id);
+      const queue = new JobQueue(redis, job.model);
+      const outcome = await cancelJob(journal, queue, id).finally(() => queue.close());
       process.stdout.write(
         json ? `${JSON.stringify({ id, outcome })}\n` : `${id}: ${outcomes[outcome]}\n`,
       );

@@ -11,7 +11,7 @@ import { GatewayMetrics } from '../metrics.js';
 import { Models } from '../models.js';
 import { parseChat, parseCompletion } from '../openai.js';
 import { readMessages } from '../prompt.js';
-import { DEFAULT_TENANT } from '../queue-order.js';
+import { DEFAULT_TENANT } from '../queue-record.js';
 import { Store } from '../store.js';
 import { EMBEDDED_MODEL } from '../package-root.js';
 import { WebhookRecords } from '../store-webhooks.js';
