@@ -19,6 +19,7 @@ import { QueueBoard, type BoardMode } from './queue-board.js';
 import { JobsServer } from './rpc.js';
 import { ScalerServer } from './scaler.js';
 import { Store } from './store.js';
+import { StoreConnection } from './store-connection.js';
 import { WebhookRecords } from './store-webhooks.js';
 import { WebhookIntake } from './webhook-intake.js';
 import { WebhookPolicy } from './webhook-target.js';
@@ -88,20 +89,21 @@ export async function runGateway(
   const onRedisError = (error: Error): void => {
     log.warn({ redis: error.message }, 'Redis');
   };
-  const store = await Store.open(redisUrl, 'impatient', onRedisError);
+  const connection = await StoreConnection.open(redisUrl, 'impatient', onRedisError);
+  const store = new Store(connection);
   const journal = await Journal.open(redisUrl, 'impatient', onRedisError);
   const metrics = new GatewayMetrics();
-  const webhookRecords = await WebhookRecords.open(redisUrl, 'impatient', onRedisError);
+  const webhookRecords = new WebhookRecords(connection);
   const { webhookSecret: secret } = options;
   const policy = secret === undefined ? null : new WebhookPolicy(options.webhookAllow ?? []);
   const webhooks = new WebhookIntake(webhookRecords, policy);
   const intake = new Intake(store, options.intake.rules);
   const answers = new Answers(redisUrl, journal, metrics, onRedisError, { webhooks, intake });
   const models = new Models(store);
-  const fileRecords = await FileRecords.open(redisUrl, 'impatient', onRedisError);
-  const batchRecords = await BatchRecords.open(redisUrl, 'impatient', onRedisError);
-  const responses = await ResponseRecords.open(redisUrl, 'impatient', onRedisError);
-  const backlog = await Backlog.open(redisUrl, 'impatient', onRedisError);
+  const fileRecords = new FileRecords(connection);
+  const batchRecords = new BatchRecords(connection);
+  const responses = new ResponseRecords(connection);
+  const backlog = new Backlog(connection);
   const work = new WorkMeter(backlog, store);
   const redis = new RedisWatch(store);
   const files = new Files(storage, fileRecords, fileLimits);
@@ -148,18 +150,13 @@ export async function runGateway(
     await runningBatches;
     await runningWebhooks;
     await endingOverdue;
-    webhookRecords.close();
     scaler?.close();
     await jobs?.close();
     redis.close();
-    backlog.close();
-    batchRecords.close();
-    fileRecords.close();
-    responses.close();
     await answers.close();
     await Promise.race([board?.close().catch(() => undefined), delay(1000)]);
     journal.close();
-    store.close();
+    connection.close();
   }
 }
 

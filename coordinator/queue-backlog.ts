@@ -12,7 +12,7 @@ import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey, streamKey } from './journal-keys.js';
 import { queueName } from './queue-connection.js';
 import type { Request } from './request.js';
-import { asCall, connectRedis, type Patience } from './store-connection.js';
+import type { StoreConnection } from './store-connection.js';
 
 /** Tokens of one sequence before anything is computed. */
 export interface SequenceSize {
@@ -41,23 +41,14 @@ const PIPELINE_JOBS = 500;
 const DELAYED_SCORE_SCALE = 0x1000;
 
 export class Backlog {
-  readonly #url: string;
+  readonly #connection: StoreConnection;
   readonly #redis: Redis;
   /** The jobs of the last count, by model: their sizes never change. */
   readonly #known = new Map<string, ReadonlyMap<string, KnownJob>>();
 
-  private constructor(url: string, redis: Redis) {
-    this.#url = url;
-    this.#redis = redis;
-  }
-
-  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
-  static async open(
-    url: string,
-    patience: Patience,
-    onError?: (error: Error) => void,
-  ): Promise<Backlog> {
-    return new Backlog(url, await connectRedis(url, patience, onError));
+  constructor(connection: StoreConnection) {
+    this.#connection = connection;
+    this.#redis = connection.redis;
   }
 
   /**
@@ -65,7 +56,7 @@ export class Backlog {
    * @throws CaravanError `redis_unavailable`.
    */
   async count(model: string, maxSeqLen: number | null): Promise<BacklogTokens> {
-    return asCall(this.#url, async () => {
+    return this.#connection.call(async () => {
       const { waiting, active } = await this.#ids(model);
       const known = await this.#jobsOf(model, [...waiting, ...active]);
       const sizesOf = (id: string): readonly SequenceSize[] => known.get(id)?.sequences ?? [];
@@ -82,10 +73,6 @@ export class Backlog {
       const oldestWaitingMs = oldestMs === Infinity ? 0 : Math.max(0, Date.now() - oldestMs);
       return { jobs: waiting.length + active.length, tokens, oldestWaitingMs };
     });
-  }
-
-  close(): void {
-    this.#redis.disconnect();
   }
 
   /** In one transaction, so that no job is seen twice or missed on its way. */

@@ -23,7 +23,7 @@ import {
   startScript,
   takeScript,
 } from './store-batch-scripts.js';
-import { asCall, connectRedis, type Patience } from './store-connection.js';
+import type { StoreConnection } from './store-connection.js';
 import type { Page } from './store-files.js';
 
 /** How long a batch that has ended can be looked at. */
@@ -63,21 +63,12 @@ export interface BatchNews {
 }
 
 export class BatchRecords {
-  readonly #url: string;
+  readonly #connection: StoreConnection;
   readonly #redis: Redis;
 
-  private constructor(url: string, redis: Redis) {
-    this.#url = url;
-    this.#redis = redis;
-  }
-
-  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
-  static async open(
-    url: string,
-    patience: Patience,
-    onError?: (error: Error) => void,
-  ): Promise<BatchRecords> {
-    return new BatchRecords(url, await connectRedis(url, patience, onError));
+  constructor(connection: StoreConnection) {
+    this.#connection = connection;
+    this.#redis = connection.redis;
   }
 
   /** @throws CaravanError `queue_full` when as many as `mostOpen` have not ended. */
@@ -237,10 +228,6 @@ export class BatchRecords {
     await this.#call(() => this.#redis.del(startedKey(id), partsKey(id)));
   }
 
-  close(): void {
-    this.#redis.disconnect();
-  }
-
   async #write(
     script: string,
     keys: readonly string[],
@@ -264,7 +251,7 @@ export class BatchRecords {
   }
 
   #call<T>(call: () => Promise<T>): Promise<T> {
-    return asCall(this.#url, call);
+    return this.#connection.call(call);
   }
 }
 

@@ -98,3 +98,32 @@ export async function asCall<T>(url: string, call: () => Promise<T>): Promise<T>
     throw unavailable(url, thrown);
   }
 }
+
+/** One connection for all records that a process keeps. */
+export class StoreConnection {
+  readonly redis: Redis;
+  readonly #url: string;
+
+  private constructor(url: string, redis: Redis) {
+    this.#url = url;
+    this.redis = redis;
+  }
+
+  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
+  static async open(
+    url: string,
+    patience: Patience,
+    onError?: (error: Error) => void,
+  ): Promise<StoreConnection> {
+    return new StoreConnection(url, await connectRedis(url, patience, onError));
+  }
+
+  /** Runs one call. @throws CaravanError `redis_unavailable`. */
+  call<T>(call: () => Promise<T>): Promise<T> {
+    return asCall(this.#url, call);
+  }
+
+  close(): void {
+    this.redis.disconnect();
+  }
+}

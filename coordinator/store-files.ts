@@ -9,7 +9,7 @@
 import { randomBytes } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import { CaravanError } from '../proto/errors.js';
-import { asCall, connectRedis, type Patience } from './store-connection.js';
+import type { StoreConnection } from './store-connection.js';
 
 export type FilePurpose = 'batch' | 'batch_output';
 
@@ -66,21 +66,12 @@ redis.call('DEL', KEYS[1])
 return 1`;
 
 export class FileRecords {
-  readonly #url: string;
+  readonly #connection: StoreConnection;
   readonly #redis: Redis;
 
-  private constructor(url: string, redis: Redis) {
-    this.#url = url;
-    this.#redis = redis;
-  }
-
-  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
-  static async open(
-    url: string,
-    patience: Patience,
-    onError?: (error: Error) => void,
-  ): Promise<FileRecords> {
-    return new FileRecords(url, await connectRedis(url, patience, onError));
+  constructor(connection: StoreConnection) {
+    this.#connection = connection;
+    this.#redis = connection.redis;
   }
 
   /**
@@ -175,10 +166,6 @@ export class FileRecords {
     return new Set(ids.filter((_, i) => texts[i] != null));
   }
 
-  close(): void {
-    this.#redis.disconnect();
-  }
-
   async #rankAfter(after: string | null, order: 'asc' | 'desc'): Promise<number> {
     if (after === null) return 0;
     const rank = await this.#call(() =>
@@ -193,6 +180,6 @@ export class FileRecords {
   }
 
   #call<T>(call: () => Promise<T>): Promise<T> {
-    return asCall(this.#url, call);
+    return this.#connection.call(call);
   }
 }

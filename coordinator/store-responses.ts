@@ -4,7 +4,7 @@
  *   caravan:{RESPONSE}:response   what was asked, as JSON; what was answered stands in the job's journal
  */
 import type { Redis } from 'ioredis';
-import { asCall, connectRedis, type Patience } from './store-connection.js';
+import type { StoreConnection } from './store-connection.js';
 
 export interface ResponseMessage {
   readonly role: string;
@@ -36,40 +36,27 @@ export interface ResponseRecord {
 const keyOf = (id: string): string => `caravan:{${id}}:response`;
 
 export class ResponseRecords {
-  readonly #url: string;
+  readonly #connection: StoreConnection;
   readonly #redis: Redis;
 
-  private constructor(url: string, redis: Redis) {
-    this.#url = url;
-    this.#redis = redis;
-  }
-
-  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
-  static async open(
-    url: string,
-    patience: Patience,
-    onError?: (error: Error) => void,
-  ): Promise<ResponseRecords> {
-    return new ResponseRecords(url, await connectRedis(url, patience, onError));
+  constructor(connection: StoreConnection) {
+    this.#connection = connection;
+    this.#redis = connection.redis;
   }
 
   /** @param retentionS how long: as the journals of jobs that have ended. */
   async keep(record: ResponseRecord, retentionS: number): Promise<void> {
     const text = JSON.stringify(record);
-    await asCall(this.#url, () => this.#redis.set(keyOf(record.id), text, 'EX', retentionS));
+    await this.#connection.call(() => this.#redis.set(keyOf(record.id), text, 'EX', retentionS));
   }
 
   async find(id: string): Promise<ResponseRecord | null> {
-    const text = await asCall(this.#url, () => this.#redis.get(keyOf(id)));
+    const text = await this.#connection.call(() => this.#redis.get(keyOf(id)));
     return text === null ? null : (JSON.parse(text) as ResponseRecord);
   }
 
   /** @returns whether it was there. */
   async forget(id: string): Promise<boolean> {
-    return (await asCall(this.#url, () => this.#redis.del(keyOf(id)))) === 1;
-  }
-
-  close(): void {
-    this.#redis.disconnect();
+    return (await this.#connection.call(() => this.#redis.del(keyOf(id)))) === 1;
   }
 }

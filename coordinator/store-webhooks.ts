@@ -8,7 +8,7 @@
  * looks then.
  */
 import type { Redis } from 'ioredis';
-import { asCall, connectRedis, type Patience } from './store-connection.js';
+import type { StoreConnection } from './store-connection.js';
 
 export interface Delivery {
   readonly version: 1;
@@ -48,21 +48,12 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])`;
 
 export class WebhookRecords {
-  readonly #url: string;
+  readonly #connection: StoreConnection;
   readonly #redis: Redis;
 
-  private constructor(url: string, redis: Redis) {
-    this.#url = url;
-    this.#redis = redis;
-  }
-
-  /** @throws CaravanError `redis_unavailable` within 3 seconds. */
-  static async open(
-    url: string,
-    patience: Patience,
-    onError?: (error: Error) => void,
-  ): Promise<WebhookRecords> {
-    return new WebhookRecords(url, await connectRedis(url, patience, onError));
+  constructor(connection: StoreConnection) {
+    this.#connection = connection;
+    this.#redis = connection.redis;
   }
 
   /** Before the job or batch itself: it cannot end unheard. Can be repeated. */
@@ -95,15 +86,11 @@ export class WebhookRecords {
     return this.#call(() => this.#redis.zcard(DUE));
   }
 
-  close(): void {
-    this.#redis.disconnect();
-  }
-
   #eval(script: string, args: readonly (string | number)[]): Promise<unknown> {
     return this.#call(() => this.#redis.eval(script, 2, DELIVERIES, DUE, ...args));
   }
 
   #call<T>(call: () => Promise<T>): Promise<T> {
-    return asCall(this.#url, call);
+    return this.#connection.call(call);
   }
 }

@@ -12,7 +12,7 @@ import type { Redis } from 'ioredis';
 import type { Speed } from './engine-speed.js';
 import type { Pace } from './pace.js';
 import type { ModelCard } from './request.js';
-import { asCall, connectRedis, type Patience } from './store-connection.js';
+import { StoreConnection, type Patience } from './store-connection.js';
 
 const CARDS = 'caravan:cards';
 const PACES = 'caravan:paces';
@@ -52,12 +52,12 @@ export interface RedisHealth {
 }
 
 export class Store {
-  readonly #url: string;
+  readonly #connection: StoreConnection;
   readonly #redis: Redis;
 
-  private constructor(url: string, redis: Redis) {
-    this.#url = url;
-    this.#redis = redis;
+  constructor(connection: StoreConnection) {
+    this.#connection = connection;
+    this.#redis = connection.redis;
   }
 
   /** @throws CaravanError `redis_unavailable` within 3 seconds. */
@@ -66,7 +66,7 @@ export class Store {
     patience: Patience,
     onError?: (error: Error) => void,
   ): Promise<Store> {
-    return new Store(url, await connectRedis(url, patience, onError));
+    return new Store(await StoreConnection.open(url, patience, onError));
   }
 
   async publishCard(card: ModelCard): Promise<void> {
@@ -179,11 +179,11 @@ export class Store {
   }
 
   close(): void {
-    this.#redis.disconnect();
+    this.#connection.close();
   }
 
   #call<T>(call: () => Promise<T>): Promise<T> {
-    return asCall(this.#url, call);
+    return this.#connection.call(call);
   }
 }
 

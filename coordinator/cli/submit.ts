@@ -13,6 +13,7 @@ import { parseChat, parseCompletion } from '../openai.js';
 import { readMessages } from '../prompt.js';
 import { DEFAULT_TENANT } from '../queue-record.js';
 import { Store } from '../store.js';
+import { StoreConnection } from '../store-connection.js';
 import { EMBEDDED_MODEL } from '../package-root.js';
 import { WebhookRecords } from '../store-webhooks.js';
 import { WebhookIntake } from '../webhook-intake.js';
@@ -52,9 +53,10 @@ export function register(program: Command): void {
   command.action(async () => {
     const s = settings();
     const { webhook } = command.opts<{ webhook?: string }>();
-    const store = await Store.open(s.redis, 'impatient');
+    const connection = await StoreConnection.open(s.redis, 'impatient');
+    const store = new Store(connection);
     const journal = await Journal.open(s.redis, 'impatient');
-    const records = await WebhookRecords.open(s.redis, 'impatient');
+    const records = new WebhookRecords(connection);
     // What may be called is the gateway's to say.
     const webhooks = new WebhookIntake(records, { check: () => undefined });
     const ignore = (): void => undefined;
@@ -96,9 +98,8 @@ export function register(program: Command): void {
       }
     } finally {
       await answers.close();
-      records.close();
       journal.close();
-      store.close();
+      connection.close();
     }
   });
 }
