@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
+import { Redis } from 'ioredis';
 import { Journal, newJobId, type JournalEntry, type Take } from '../coordinator/journal.js';
 import { JournalWriter } from '../coordinator/journal-writer.js';
 import type { Ending, JobTerms, Request } from '../coordinator/request.js';
@@ -8,7 +9,10 @@ import { freePort, startRedis } from './redis-server.js';
 
 const redis = await startRedis();
 const journal = await Journal.open(redis.url, 'patient');
+const raw = new Redis(redis.url);
+raw.on('error', () => undefined);
 after(async () => {
+  raw.disconnect();
   journal.close();
   await redis.stop();
 });
@@ -125,6 +129,22 @@ void test('a job ends once', async () => {
   assert.equal((await journal.take(id, 'b')).kind, 'ended');
   assert.equal(await journal.requestCancel(id), 'already');
   assert.deepEqual((await journal.job(id))?.ending, completed);
+});
+
+void test('what is kept of a job that has ended takes no more room than it needs', async () => {
+  const id = await newJob();
+  const take = await takeJob(id, 'a');
+  const key = `caravan:{${id}}:journal:0`;
+  const bytes = async (): Promise<number> => (await raw.memory('USAGE', key)) ?? 0;
+  await journal.append(take, 0, [1, 2, 3], ['a', 'b', 'c']);
+  const before = await bytes();
+  assert.ok(before > 4000, `${before} bytes`);
+  await journal.end(take, 3, completed, '.');
+  const kept = await bytes();
+  assert.ok(kept < 1500, `${kept} bytes`);
+  const ttlS = await raw.ttl(key);
+  assert.ok(ttlS > 86_000 && ttlS <= 86_400, `${ttlS} s`);
+  assert.deepEqual(await readAll(id), { tokenIds: [1, 2, 3], text: 'abc.', ending: completed });
 });
 
 void test('a reader can start in the middle of an entry', async () => {
