@@ -2,7 +2,7 @@
  * Everything dies, again and again, at random: Redis, coordinators, ranks and gateways, by kill -9 in the middle of
  * generations. Every job ends once, with the text of the undisturbed run, and no client sees a gap or a token twice.
  * `CHAOS_SEED` gives another run. The long form has 100 jobs and 24 kills; `CHAOS_JOBS=500 CHAOS_KILLS=14` with it makes
- * them 500 and 56, which has not passed yet.
+ * them 500 and 56 (docs/jobs.md).
  */
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
