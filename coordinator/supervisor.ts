@@ -170,6 +170,10 @@ function settle(
     child.once('exit', (code, signal) => {
       fail(signal ?? `it ended with code ${code ?? '?'} (its reason stands above)`);
     });
+    // What a rank says instead of being ready.
+    child.on('message', ({ type, message }: { type?: string; message?: string }) => {
+      if (type === 'failed') fail(message ?? 'it gave no reason');
+    });
     listen((details) => {
       clearTimeout(timer);
       resolve(details);

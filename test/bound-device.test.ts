@@ -7,7 +7,11 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
+import { planGroup } from '../coordinator/group-spec.js';
+import { openCheckpoint } from '../model/checkpoint.js';
+import { CaravanError } from '../proto/errors.js';
 import { SampledRows, type Step } from '../proto/gen/cluster.js';
+import { SESSION_BYTES } from '../worker/bound-device.js';
 import { withHostMemoryDevices } from './device-ranks.js';
 import { Oracle, prefill } from './oracle.js';
 import { Random } from './random.js';
@@ -110,6 +114,82 @@ for (const { kind, weights, tp, tolerance, ...settings } of cases) {
     });
   });
 }
+
+void test('a slot that begins with a copy of another one goes on as that one does', async () => {
+  const folder = path.join(scratch, 'begun');
+  const config = {
+    ...{ hiddenSize: 64, ffnSize: 96, layerCount: 3, headCount: 4, kvHeadCount: 2, headSize: 16 },
+    ...{ vocabSize: 101, maxPositions: 64, normEps: 1e-5, ropeTheta: 10_000, isHeadTied: false },
+  };
+  writeRandomCheckpoint(folder, { config, seed: 2, format: 'F32', shardCount: 1 });
+  const tokens = Array.from({ length: 30 }, (_, i) => (7 * i) % 101);
+  const { logits: expected } = prefill(new Oracle(folder), tokens);
+  for (const [kind, weights, tolerance] of [
+    ['webgpu', 'fp32', 2e-4],
+    ['cuda', 'fp16', 5e-2],
+  ] as const) {
+    await withHostMemoryDevices(folder, kind, { ...LIMITS, tp: 2, weights }, async (ranks) => {
+      assert.ok(ranks.loaded.every(({ copiesSlots }) => copiesSlots));
+      const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
+      const chunk = (slot: number, own: number[]) => ({
+        slot,
+        tokens: own,
+        sampledRows,
+        targets: [],
+      });
+      const joins = [{ slot: 0, temperature: 0 }];
+      await ranks.forward({ ...noStep, number: 1, joins, chunks: [chunk(0, tokens.slice(0, 24))] });
+      const kept = { length: 20, copiedFrom: 0, tokens: tokens.slice(0, 20) };
+      await ranks.forward({
+        ...{ ...noStep, number: 2, joins: [{ slot: 2, temperature: 0, kept }] },
+        chunks: [chunk(2, tokens.slice(20))],
+      });
+      const most = distance(await ranks.fetchRow(2, 0), expected);
+      assert.ok(most < tolerance, `${kind}: ${most}`);
+    });
+  }
+});
+
+void test('what does not fit in 16 bits is loaded in 4, where the weights were left to the device', async () => {
+  const folder = path.join(scratch, 'fitted');
+  const config = {
+    ...{ hiddenSize: 128, ffnSize: 256, layerCount: 2, headCount: 4, kvHeadCount: 4, headSize: 32 },
+    ...{ vocabSize: 64, maxPositions: 64, normEps: 1e-5, ropeTheta: 10_000, isHeadTied: false },
+  };
+  writeRandomCheckpoint(folder, { config, seed: 3, format: 'F16', shardCount: 1, isFourBit: true });
+  const plan = (weights: 'fp16' | 'int4') => {
+    const limits = { ...LIMITS, weights, exact: false, device: 'cuda' };
+    return planGroup(openCheckpoint(folder), 1, limits).ranks[0]!;
+  };
+  const [half, four] = [plan('fp16'), plan('int4')];
+  const bytesOf = ({ weightBytes, kvBytes }: typeof half) => weightBytes + kvBytes + SESSION_BYTES;
+  const tokens = Array.from({ length: 12 }, (_, i) => i + 3);
+  const { logits: expected } = prefill(new Oracle(folder), tokens);
+  const limits = { ...LIMITS, tp: 1, weights: 'fp16', smaller: 'int4' } as const;
+  for (const [memoryLimit, { weightBytes }] of [
+    [bytesOf(half), half],
+    [bytesOf(half) - 1, four],
+    [bytesOf(four), four],
+  ] as const) {
+    const own = { ...limits, memoryLimit };
+    await withHostMemoryDevices(folder, 'cuda', own, async (ranks) => {
+      assert.equal(ranks.loaded[0]!.weightBytes, weightBytes);
+      const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
+      const joins = [{ slot: 0, temperature: 0 }];
+      const chunks = [{ slot: 0, tokens, sampledRows, targets: [] }];
+      await ranks.forward({ ...noStep, number: 1, joins, chunks });
+      assert.ok(distance(await ranks.fetchRow(1, 0), expected) < 5e-2);
+    });
+  }
+  const tooLittle = { ...limits, memoryLimit: bytesOf(four) - 1 };
+  await assert.rejects(
+    withHostMemoryDevices(folder, 'cuda', tooLittle, () => Promise.resolve()),
+    (error) =>
+      error instanceof CaravanError &&
+      error.code === 'out_of_memory' &&
+      /needs 0\.81 GB \(weights .*KV .*GB are free/.test(error.message),
+  );
+});
 
 void test('of a decode only partials, places and the largest logits are copied', async () => {
   const folder = path.join(scratch, 'copied');

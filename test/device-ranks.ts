@@ -15,6 +15,8 @@ export interface DeviceGroupLimits {
   readonly maxSeqLen: number;
   readonly maxBatchSize: number;
   readonly maxStepRows: number;
+  /** What is taken where `weights` do not fit. */
+  readonly smaller?: 'int4';
   readonly memoryLimit?: number;
   /** Most rows of a slot that a run of attention takes; found out if left out. */
   readonly attentionRows?: number | undefined;
@@ -37,13 +39,17 @@ export async function withHostMemoryDevices<T>(
   });
   try {
     const ports = await Promise.all(servers.map((server) => server.listen('127.0.0.1:0')));
-    const { spec } = planGroup(openCheckpoint(folder), limits.tp, {
-      ...limits,
-      exact: false,
-      device: kind,
-      // Ranks of one process cannot sleep for each other.
-      transport: 'grpc',
-    });
+    const plan = (weights: DeviceGroupLimits['weights']) =>
+      planGroup(openCheckpoint(folder), limits.tp, {
+        ...{ ...limits, weights, exact: false, device: kind },
+        // Ranks of one process cannot sleep for each other.
+        transport: 'grpc',
+      }).spec;
+    const { smaller } = limits;
+    const spec = {
+      ...plan(limits.weights),
+      smaller: smaller === undefined ? null : plan(smaller),
+    };
     const ranks = await Ranks.connect(
       ports.map((port) => `127.0.0.1:${port}`),
       spec,

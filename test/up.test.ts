@@ -94,6 +94,15 @@ void test('a second up on the same folder, or the same port, is refused in one l
   await once(up.process, 'exit');
 });
 
+void test('up says what a rank says that does not start', async () => {
+  const stateDir = path.join(scratch, 'deviceless');
+  // No machine has that many GPUs.
+  const args = ['up', '--port', '0', '--device', 'cuda:999', '--state-dir', stateDir];
+  const { code, stderr } = await runCli([...args, '--log-level', 'silent']);
+  assert.notEqual(code, 0);
+  assert.match(stderr, /^caravan: rank did not start: --device cuda:999: .+; .+$/m);
+});
+
 void test('the first Ctrl-C lets a running answer end; then all processes are gone', async () => {
   const up = await startNamed('drain');
   const pids = descendants(up.process.pid!).map(({ pid }) => pid);

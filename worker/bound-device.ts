@@ -27,7 +27,7 @@ import type { WeightsOrigin } from './weight-cache.js';
 import { WeightLoader } from './weight-loader.js';
 
 /** What is left to sessions: products' own memory, and what the runtime keeps. */
-const SESSION_BYTES = 768 * 2 ** 20;
+export const SESSION_BYTES = 768 * 2 ** 20;
 
 export class BoundDevice implements Device {
   readonly name: string;

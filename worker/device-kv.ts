@@ -83,6 +83,18 @@ export class DeviceKv {
     return view;
   }
 
+  /**
+   * Copies a slot's keys and values into another slot, within the device. All positions go: handles of WebGPU have no
+   * parts, and a prompt is far more expensive.
+   */
+  copy(from: number, to: number): void {
+    const [source, target] = [this.view(from, 1), this.view(to, 1)];
+    source.forEach(({ keys, values }, l) => {
+      this.#device.copyWithin(keys, target[l]!.keys);
+      this.#device.copyWithin(values, target[l]!.values);
+    });
+  }
+
   release(): void {
     const own = this.#layers.flat();
     for (const { keys, values } of [...this.#views.values()].flat()) {

@@ -16,8 +16,7 @@ export class DevicePass implements Pass {
   readonly vocab: { readonly start: number; readonly count: number };
   readonly slots: Slots;
   readonly maxRows: number;
-  /** What a sequence leaves in its own slot is kept; there is no copy within the device yet. */
-  readonly copyPositions = null;
+  readonly copyPositions: (from: number, to: number) => void;
   readonly #device: OrtDevice;
   readonly #workspace: DeviceWorkspace;
   readonly #allReduce: AllReduce;
@@ -38,6 +37,9 @@ export class DevicePass implements Pass {
     this.vocab = shard.plan.vocab;
     this.slots = { count: kv.slotCount, maxSeqLen: kv.maxSeqLen, lengths: kv.lengths };
     this.maxRows = workspace.maxRows;
+    this.copyPositions = (from, to) => {
+      kv.copy(from, to);
+    };
     this.#device = device;
     this.#workspace = workspace;
     this.#allReduce = allReduce;

@@ -288,6 +288,25 @@ export class OrtDevice {
     );
   }
 
+  /** Copies a tensor's memory to one that is as large, once. */
+  copyWithin(source: DeviceTensor, target: DeviceTensor): void {
+    const { int32 } = elementType;
+    const words = [tensorBytes(source.type, source.shape) / 4];
+    const [from, to] = [this.view(source, words, int32), this.view(target, words, int32)];
+    const bound = this.#copier(int32, int32).bind(
+      new Map([
+        ['source', from],
+        ['target', to],
+      ]),
+    );
+    try {
+      bound.run();
+    } finally {
+      bound.release();
+      this.release(from, to);
+    }
+  }
+
   /** Waits until the device has done everything. */
   synchronize(): void {
     this.#cuda?.synchronize();

@@ -125,7 +125,7 @@ function mend({ kind }: DeviceName, said: string): string {
   }
   if (kind === 'cpu') return 'run npm ci again: the library comes with onnxruntime-node';
   if (/not enabled in this build|cannot open shared object|Failed to load|dlopen/i.test(said)) {
-    return "set CARAVAN_ORT_LIBRARY to a libonnxruntime that has libonnxruntime_providers_cuda.so beside it (PyPI's onnxruntime-gpu has), and let CUDA's and cuDNN's libraries be found (LD_LIBRARY_PATH)";
+    return "set CARAVAN_ORT_LIBRARY to a libonnxruntime that has libonnxruntime_providers_cuda.so beside it (PyPI's onnxruntime-gpu has), and let CUDA's libraries be found (LD_LIBRARY_PATH)";
   }
   return 'see that nvidia-smi lists this GPU, and that its driver is as new as the CUDA of the provider library';
 }

@@ -54,7 +54,7 @@ export interface Pass {
    * equal ones by rising id.
    */
   top(row: number, ids: number[], values: number[], at: number): RowTop;
-  /** Copies the keys and values of a slot's first `count` positions into another slot; null where that cannot be done. */
+  /** Copies at least a slot's first `count` positions into another slot; null where that cannot be done. */
   readonly copyPositions: ((from: number, to: number, count: number) => void) | null;
   /** (vocab.count) raw logits of a sampled row of the last step, until the next call or step. */
   logits(row: number): Float32Array<ArrayBuffer>;
