@@ -1,23 +1,16 @@
 /** `import { CaravanClient } from 'caravan/client'` against the whole; every body that goes or comes is held to /openapi.json. */
 import assert from 'node:assert/strict';
-import fs from 'node:fs';
-import os from 'node:os';
-import path from 'node:path';
 import { after, test } from 'node:test';
 import { Validator } from '@seriousme/openapi-schema-validator';
 import { CaravanClient, CaravanError, type Batch, type ChatCompletion } from 'caravan/client';
 import { ApiDescription } from './api-description.js';
-import { startUp } from './up-process.js';
+import { serveModel } from './served-model.js';
 
-const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-client-'));
-const up = await startUp(path.join(scratch, 'state'), ['--exact', '--max-batch-size', '4']);
-after(async () => {
-  await up.stop();
-  fs.rmSync(scratch, { recursive: true, force: true });
-});
+const served = await serveModel(4);
+after(() => served.stop());
 
-const api = await ApiDescription.fetch(up.url);
-const client = new CaravanClient({ url: up.url, fetch: api.checkedFetch });
+const api = await ApiDescription.fetch(served.url);
+const client = new CaravanClient({ url: served.url, fetch: api.checkedFetch });
 const messages = [{ role: 'user', content: 'Tell me a story about a fox.' }];
 
 const isCode =
@@ -178,7 +171,7 @@ void test('errors have the code and the field that the gateway says, or say what
   const nobody = new CaravanClient({ url: 'http://127.0.0.1:9' });
   await assert.rejects(nobody.models(), isCode('gateway_unavailable'));
   const endless = { prompt: 'The llama', ignore_eos: true, max_tokens: 400 };
-  const hasty = new CaravanClient({ url: up.url, answerTimeoutMs: 50 });
+  const hasty = new CaravanClient({ url: served.url, answerTimeoutMs: 50 });
   await assert.rejects(hasty.complete(endless), isCode('timeout'));
 });
 
@@ -237,7 +230,7 @@ void test('a stream over connections that break shows everything once: texts, to
   const onBreak = (): void => {
     breaks += 1;
   };
-  const shaky = new CaravanClient({ url: up.url, fetch: brokenFetch(1500, onBreak) });
+  const shaky = new CaravanClient({ url: served.url, fetch: brokenFetch(1500, onBreak) });
   const body = {
     messages,
     temperature: 0.8,
@@ -273,7 +266,8 @@ void test('a stream over connections that break shows everything once: texts, to
       },
     },
   ];
-  const calling = { messages, tools, tool_choice: 'required' as const, seed: 5 };
+  const choice = { tools, tool_choice: 'required' as const };
+  const calling = { messages, ...choice, seed: 5, max_tokens: 120 };
   const calls = (await client.chat(calling)).choices[0]!.message.tool_calls!;
   const seen: { name: string; arguments: string }[] = [];
   breaks = 0;

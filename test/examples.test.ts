@@ -1,24 +1,18 @@
 /** The examples run as a user runs them, against the embedded model. */
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
-import fs from 'node:fs';
-import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import { promisify } from 'node:util';
 import { packageRoot } from '../coordinator/package-root.js';
-import { startUp } from './up-process.js';
+import { serveModel } from './served-model.js';
 
-const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-examples-'));
-const up = await startUp(path.join(scratch, 'state'), ['--exact']);
-after(async () => {
-  await up.stop();
-  fs.rmSync(scratch, { recursive: true, force: true });
-});
+const served = await serveModel(4);
+after(() => served.stop());
 
 async function run(name: string): Promise<string> {
   const file = path.join(packageRoot, 'dist/examples', `${name}.js`);
-  const { stdout } = await promisify(execFile)(process.execPath, [file, up.url], {
+  const { stdout } = await promisify(execFile)(process.execPath, [file, served.url], {
     timeout: 60_000,
   });
   return stdout;

@@ -1,28 +1,21 @@
 /** /v1/responses, /tokenize and /detokenize against the whole, by OpenAI's official client where it knows them. */
 import assert from 'node:assert/strict';
-import fs from 'node:fs';
-import os from 'node:os';
-import path from 'node:path';
 import { after, test } from 'node:test';
 import OpenAI from 'openai';
 import { zodResponsesFunction, zodTextFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 import { checkOpenaiBody } from './openai-description.js';
-import { startUp } from './up-process.js';
+import { serveModel } from './served-model.js';
 
-const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-responses-'));
-const up = await startUp(path.join(scratch, 'state'), ['--exact', '--max-batch-size', '4']);
-after(async () => {
-  await up.stop();
-  fs.rmSync(scratch, { recursive: true, force: true });
-});
+const served = await serveModel(4);
+after(() => served.stop());
 
-const client = new OpenAI({ baseURL: `${up.url}/v1`, apiKey: 'none', maxRetries: 0 });
+const client = new OpenAI({ baseURL: `${served.url}/v1`, apiKey: 'none', maxRetries: 0 });
 const model = 'caravan-tiny';
 const input = 'Tell me a story about a fox.';
 
 const post = (route: string, body: unknown): Promise<Response> =>
-  fetch(`${up.url}${route}`, { method: 'POST', body: JSON.stringify(body) });
+  fetch(`${served.url}${route}`, { method: 'POST', body: JSON.stringify(body) });
 
 void test('a response is the answer of the same chat, streamed and whole, and can be asked for again', async () => {
   const settings = { model, input, temperature: 0, instructions: 'You are kind.' };
@@ -141,7 +134,7 @@ void test('a client that leaves a response takes its job with it', async () => {
     if (event.type === 'response.output_text.delta') break;
   }
   stream.controller.abort();
-  const events = await (await fetch(`${up.url}/v1/jobs/${jobId}/events`)).text();
+  const events = await (await fetch(`${served.url}/v1/jobs/${jobId}/events`)).text();
   assert.match(events, /the job was cancelled|"finish_reason":"stop"/);
 });
 

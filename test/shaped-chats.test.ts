@@ -1,22 +1,15 @@
 /** OpenAI's official client asks for answers of a shape, from the embedded model behind the whole of Caravan. */
 import assert from 'node:assert/strict';
-import fs from 'node:fs';
-import os from 'node:os';
-import path from 'node:path';
 import { after, test } from 'node:test';
 import OpenAI from 'openai';
 import { LengthFinishReasonError } from 'openai/error';
 import { zodResponseFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
-import { startUp } from './up-process.js';
+import { serveModel } from './served-model.js';
 
-const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-shaped-'));
-const up = await startUp(path.join(scratch, 'state'), ['--exact', '--max-batch-size', '8']);
-after(async () => {
-  await up.stop();
-  fs.rmSync(scratch, { recursive: true, force: true });
-});
-const client = new OpenAI({ baseURL: `${up.url}/v1`, apiKey: 'none', maxRetries: 0 });
+const served = await serveModel(8);
+after(() => served.stop());
+const client = new OpenAI({ baseURL: `${served.url}/v1`, apiKey: 'none', maxRetries: 0 });
 const model = 'caravan-tiny';
 const messages = [{ role: 'user' as const, content: 'Tell me about a fox.' }];
 
@@ -66,7 +59,7 @@ void test('too few tokens cut a shaped answer, and the client is told', async ()
 
 void test('guided fields shape chats and completions', async () => {
   const ask = async (route: string, body: object): Promise<string> => {
-    const response = await fetch(`${up.url}/v1/${route}`, {
+    const response = await fetch(`${served.url}/v1/${route}`, {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
       body: JSON.stringify({ model, max_tokens: 64, ...body }),

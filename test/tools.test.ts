@@ -3,24 +3,17 @@
  * fit their schemas is the grammar's doing.
  */
 import assert from 'node:assert/strict';
-import fs from 'node:fs';
-import os from 'node:os';
-import path from 'node:path';
 import { after, test } from 'node:test';
 import OpenAI from 'openai';
 import { readFolderTokenizer } from '../model/tokenizer-files.js';
 import { openTokenizer } from '../model/tokenizer.js';
 import { embeddedModelPath } from '../model/checkpoint.js';
 import { checkOpenaiBody } from './openai-description.js';
-import { startUp } from './up-process.js';
+import { serveModel } from './served-model.js';
 
-const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-tools-'));
-const up = await startUp(path.join(scratch, 'state'), ['--exact', '--max-batch-size', '8']);
-after(async () => {
-  await up.stop();
-  fs.rmSync(scratch, { recursive: true, force: true });
-});
-const client = new OpenAI({ baseURL: `${up.url}/v1`, apiKey: 'none', maxRetries: 0 });
+const served = await serveModel(8);
+after(() => served.stop());
+const client = new OpenAI({ baseURL: `${served.url}/v1`, apiKey: 'none', maxRetries: 0 });
 const model = 'caravan-tiny';
 
 /** What makes every token that begins with [ likely: a model that has learnt to call. */

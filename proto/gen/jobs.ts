@@ -27,7 +27,8 @@ export const protobufFileName = "jobs.proto";
 
 /**
  * Jobs over gRPC, for those who prefer it to OpenAI's HTTP. Failures are statuses of docs/errors.md, with the code itself
- * in the trailing metadata `caravan-code`, and the field at fault in `caravan-param`.
+ * in the trailing metadata `caravan-code`, and the field at fault in `caravan-param`. A call's own metadata say whose it is:
+ * `authorization: Bearer KEY`, or `x-caravan-tenant` where no keys are asked for.
  */
 
 /** Fields mean what they mean in bodies of /v1/completions and /v1/chat/completions; what is left out has their defaults. */
@@ -52,7 +53,10 @@ export interface SubmitRequest {
   minP?: number | undefined;
   presencePenalty?: number | undefined;
   frequencyPenalty?: number | undefined;
-  repetitionPenalty?: number | undefined;
+  repetitionPenalty?:
+    | number
+    | undefined;
+  /** Within 2^53: a larger one is refused before its request is read. */
   seed?:
     | number
     | undefined;
