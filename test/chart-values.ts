@@ -176,6 +176,7 @@ const caches: readonly Variant[] = [
     title: 'weights cached on a claim',
     values: model({ weightCache: { kind: 'claim', claimName: 'weights' } }),
   },
+  { title: 'keys and values in 8 bits', values: model({ kv: 'int8' }) },
   { title: 'weights cached on "kind":"node"', values: model({ weightCache: { kind: 'node' } }) },
 ];
 

@@ -260,6 +260,7 @@ caravan-tiny
     - --model={{ include "caravan.modelPath" . }}
     - --served-model-name={{ $engine.servedName }}
     - --weights={{ $engine.weights }}
+    - --kv={{ $engine.kv }}
     - --transport={{ $engine.transport }}
     - --max-batch-size={{ int $engine.maxBatchSize }}
     {{- with $engine.maxSeqLen }}

@@ -92,6 +92,9 @@ imagePullPolicy: {{ .image.pullPolicy }}
 {{- if not (has $engine.weights $modes) }}
 {{- fail (printf "%s: weights %s is not for %s: take one of %s" $where $engine.weights $engine.device (join ", " $modes)) }}
 {{- end }}
+{{- if and (eq $engine.kv "int8") (or $engine.exact (ne $engine.device "cpu")) }}
+{{- fail (printf "%s: kv int8 is for cpu, and cannot be exact" $where) }}
+{{- end }}
 {{- if and $engine.exact (eq $engine.weights "int4+int8") }}
 {{- fail (printf "%s: weights int4+int8 chooses by the number of rows and cannot be exact" $where) }}
 {{- end }}
