@@ -11,7 +11,6 @@ import type { HttpCertificate } from './http-certificate.js';
 import { addFileRoutes, type FileRoutes } from './http-files.js';
 import { addJobRoutes } from './http-jobs.js';
 import { addQueueRoutes, type QueueRoutes } from './http-queues.js';
-import { readinessQuery } from './http-readiness.js';
 import { addResponseRoutes, type ResponseRoutes } from './http-responses.js';
 import { statusPage } from './http-status.js';
 import { tenantOf } from './http-tenant.js';
@@ -19,7 +18,6 @@ import { addTokenizeRoutes } from './http-tokenize.js';
 import type { GatewayMetrics } from './metrics.js';
 import { parseJson } from './json-text.js';
 import { errorBody, modelBody } from './openai-answer.js';
-import { parseBody } from './openai-refusal.js';
 import { describeApi } from './openapi.js';
 import { packageVersion } from './package-root.js';
 import type { Store } from './store.js';
@@ -170,11 +168,9 @@ function addHealthRoutes(app: FastifyInstance, routes: HttpRoutes): void {
     await store.ping();
     return { status: 'ok' };
   });
-  app.get('/readyz', async ({ query }) => {
-    const { engines: needed } = parseBody(readinessQuery, query);
+  app.get('/readyz', async () => {
     const engines = await store.engines();
-    if (engines.length === 0 && needed === 'needed')
-      throw new CaravanError('engine_unavailable', 'no engine is alive');
+    if (engines.length === 0) throw new CaravanError('engine_unavailable', 'no engine is alive');
     return { status: 'ok', engines: engines.length };
   });
   app.get('/metrics', async (_request, reply) => {

@@ -2,7 +2,6 @@
 import type { z } from 'zod';
 import * as answers from './openai-bodies.js';
 import { chatBody, completionBody } from './openai.js';
-import { readinessQuery } from './http-readiness.js';
 import { batchOrderBody, batchListQuery, fileListQuery } from './openai-batch.js';
 import { eventsQuery } from './openai-events.js';
 import { responseBody } from './openai-responses.js';
@@ -109,10 +108,7 @@ export const routeDescriptions: Readonly<Record<string, RouteDescription>> = {
   },
   'GET /livez': { summary: 'Whether the gateway is alive.', answer: 'Health' },
   'GET /health': { summary: 'Whether requests can be taken: Redis answers.', answer: 'Health' },
-  'GET /readyz': {
-    summary: 'Whether Redis answers and an engine is alive.',
-    ...{ query: readinessQuery, answer: 'Health' },
-  },
+  'GET /readyz': { summary: 'Whether Redis answers and an engine is alive.', answer: 'Health' },
   'GET /metrics': { summary: "Prometheus' metrics.", answer: text('text/plain') },
   'GET /openapi.json': { summary: 'This description.', answer: text('application/json') },
   'GET /': { summary: 'The status page.', answer: text('text/html') },

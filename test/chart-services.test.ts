@@ -31,7 +31,7 @@ void test('a gateway takes requests until it is out of the Service, then drains'
   assert.ok(spec.terminationGracePeriodSeconds >= 207);
   assert.equal(gateway!.livenessProbe!.httpGet!.path, '/livez');
   // By itself it fails without engines: at zero engines no job could come, and none would ever start.
-  assert.equal(gateway!.readinessProbe!.httpGet!.path, '/readyz?engines=optional');
+  assert.equal(gateway!.readinessProbe!.httpGet!.path, '/health');
 });
 
 void test('HTTPS ends at the Ingress, at the gateway, or at both', { skip }, () => {
