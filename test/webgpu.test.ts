@@ -34,6 +34,10 @@ after(() => pool.stop());
 
 const limits = { maxSeqLen: 256, maxBatchSize: 2, maxStepRows: 64, exact: false };
 
+/** The most likely token of the only sampled row. */
+const bestOf = (results: readonly StepResult[]): number =>
+  results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a)).topIds[0]!;
+
 /** Greedy decoding after a prompt, step by step. */
 async function decode(ranks: Ranks, prompt: readonly number[], count: number, first: number) {
   const ids: number[] = [];
@@ -55,8 +59,7 @@ async function decode(ranks: Ranks, prompt: readonly number[], count: number, fi
         : [],
       topK: 2,
     });
-    const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
-    ids.push(best.topIds[0]!);
+    ids.push(bestOf(results));
   }
   return { ids, last: results };
 }
@@ -84,6 +87,16 @@ for (const tp of [1, 2]) {
         const after = Math.ceil(ids.length / CHUNK);
         const decoded = await decode(ranks, golden.promptIds, golden.ids.length, after + 1);
         assert.deepEqual(decoded.ids, golden.ids);
+        // A slot that begins with a copy of that one's prompt goes on alike.
+        const tokens = golden.promptIds.slice(0, -1);
+        const kept = { length: tokens.length, copiedFrom: 1, tokens };
+        const sampledRows = SampledRows.SAMPLED_ROWS_LAST;
+        const copied = await ranks.forward({
+          ...{ number: after + 1 + golden.ids.length, decodeSlots: [], decodeTokens: [], topK: 1 },
+          joins: [{ slot: 0, temperature: 0, kept }],
+          chunks: [{ slot: 0, tokens: golden.promptIds.slice(-1), sampledRows, targets: [] }],
+        });
+        assert.equal(bestOf(copied), golden.ids[0]);
         for (const { bytesToDevice, bytesToHost } of decoded.last) {
           const exchanges = 2 * config.layerCount + 1;
           const partial = 4 * config.hiddenSize;
