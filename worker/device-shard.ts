@@ -112,6 +112,7 @@ export class DeviceShard {
       throw error;
     } finally {
       source.close();
+      device.endUploads();
     }
   }
 

@@ -59,8 +59,9 @@ export class OrtDevice {
   readonly #cuda: CudaRuntime | null;
   /** The memory of tensors that are no views. */
   readonly #owners = new WeakMap<DeviceTensor, bigint>();
-  /** By source and target type: copies, or conversions, of any length. */
+  /** By source and target type: copies of any length, and conversions. */
   readonly #copiers = new Map<string, DeviceSession>();
+  readonly #converters = new Map<string, DeviceSession>();
 
   /** @throws CaravanError `bad_usage` when the device is not there, saying how to mend it. */
   constructor(ort: Ort, provider: Provider, cuda: CudaRuntime | null = null) {
@@ -174,7 +175,7 @@ export class OrtDevice {
   ): DeviceTensor {
     const { float32 } = elementType;
     const key = `${float32} ${type} transposed`;
-    let session = this.#copiers.get(key);
+    let session = this.#converters.get(key);
     if (session === undefined) {
       const graph = new GraphBuilder();
       graph.input('source', float32, ['rows', 'columns']);
@@ -186,7 +187,7 @@ export class OrtDevice {
       graph.node('Transpose', [last], ['target']);
       graph.output('target', type, ['columns', 'rows']);
       session = this.session(graph.finish());
-      this.#copiers.set(key, session);
+      this.#converters.set(key, session);
     }
     return this.#uploadThrough(session, array, [rows, columns], type, [columns, rows]);
   }
@@ -213,6 +214,14 @@ export class OrtDevice {
       return this.#uploadThrough(session, array, [rows - 1, columns], type, [rows, columns]);
     } finally {
       session.release();
+    }
+  }
+
+  /** Frees what conversions on the way to the device have taken of its memory: as much as the largest matrix, twice. */
+  endUploads(): void {
+    for (const [key, session] of this.#converters) {
+      session.release();
+      this.#converters.delete(key);
     }
   }
 
@@ -342,7 +351,8 @@ export class OrtDevice {
 
   #copier(from: ElementType, to: ElementType): DeviceSession {
     const key = `${from} ${to}`;
-    let session = this.#copiers.get(key);
+    const known = from === to ? this.#copiers : this.#converters;
+    let session = known.get(key);
     if (session === undefined) {
       const graph = new GraphBuilder();
       graph.input('source', from, ['count']);
@@ -350,7 +360,7 @@ export class OrtDevice {
       else graph.node('Cast', ['source'], ['target'], [int('to', to)]);
       graph.output('target', to, ['count']);
       session = this.session(graph.finish());
-      this.#copiers.set(key, session);
+      known.set(key, session);
     }
     return session;
   }
