@@ -19,9 +19,33 @@ import {
   type WeightsMode,
 } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
-import { Transport, type WeightCache } from '../proto/gen/cluster.js';
+import {
+  Transport,
+  type DeviceKind,
+  type KvForm,
+  type WeightCache,
+  type Weights,
+} from '../proto/gen/cluster.js';
 import type { Config } from './config.js';
-import type { GroupSpec } from './ranks.js';
+
+/** What a group is to load; every rank is told all of it. */
+export interface GroupSpec {
+  readonly modelPath: string;
+  readonly checkpointDigest: string;
+  readonly weights: Weights;
+  readonly isExact: boolean;
+  readonly maxSeqLen: number;
+  readonly maxBatchSize: number;
+  readonly maxStepRows: number;
+  readonly stepTimeoutMs: number;
+  readonly transport: Transport;
+  /** Left out where weights are not kept for the next start. */
+  readonly weightCache: WeightCache | undefined;
+  readonly device: DeviceKind;
+  readonly kv: KvForm;
+  /** With fewer bits, where a device turns out to have no room for this one; null if there is none. */
+  readonly smaller: GroupSpec | null;
+}
 
 export interface GroupLimits {
   readonly weights: Config['weights'];

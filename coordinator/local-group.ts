@@ -9,10 +9,10 @@ import {
 } from '../model/checkpoint.js';
 import { deviceOfRank } from '../model/device-name.js';
 import { planRanks, slicesOf } from '../model/plan.js';
-import { planGroup, type GroupLimits } from './group-spec.js';
+import { planGroup, type GroupLimits, type GroupSpec } from './group-spec.js';
 import { LoadBars } from './load-bars.js';
 import { startLocalRank, stopLocalRank, threadsPerRank, type LocalRank } from './local-ranks.js';
-import { Ranks, type GroupSpec } from './ranks.js';
+import { Ranks } from './ranks.js';
 
 export interface LocalGroupOptions extends GroupLimits {
   readonly model: string | undefined;
@@ -72,7 +72,7 @@ export async function startLocalGroup(options: LocalGroupOptions): Promise<Start
     const ranks = await Ranks.connect(addresses, spec, { onProgress }).finally(() => {
       bars.end();
     });
-    for (const fault of ranks.cacheFaults) process.stderr.write(`caravan: ${fault}\n`);
+    for (const warning of ranks.warnings) process.stderr.write(`caravan: ${warning}\n`);
     const close = async (): Promise<void> => {
       ranks.close();
       await stopAll();

@@ -23,11 +23,11 @@ import { JobRunner } from './job-runner.js';
 import { Journal } from './journal.js';
 import { LoadingSign } from './loading-sign.js';
 import { EngineMetrics } from './metrics-engine.js';
-import { DEFAULT_MAX_STEP_ROWS, planGroup } from './group-spec.js';
+import { DEFAULT_MAX_STEP_ROWS, planGroup, type GroupSpec } from './group-spec.js';
 import { openChecked } from './local-group.js';
 import { PodDeletionCost, type PodIdentity } from './pod-deletion-cost.js';
 import { JobTaker } from './queue-taker.js';
-import { Ranks, type GroupSpec } from './ranks.js';
+import { Ranks } from './ranks.js';
 import type { ModelCard } from './request.js';
 import { draftTokensOf } from './speculation.js';
 import { Store, type EngineBeat } from './store.js';
@@ -166,7 +166,7 @@ export async function runCoordinator(
             options.onProgress?.(rank, progress);
           },
         });
-        for (const fault of ranks.cacheFaults) log.warn(fault);
+        for (const warning of ranks.warnings) log.warn(warning);
         retryMs = FIRST_RETRY_MS;
         try {
           await orAborted(store.publishCard(card), over);

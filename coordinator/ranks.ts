@@ -9,15 +9,11 @@ import {
   RankClient,
   type Command,
   type DeviceKind,
-  type KvForm,
   type Loaded,
   type LoadProgress,
   type Report,
   type Step,
   type StepResult,
-  type Transport,
-  type WeightCache,
-  type Weights,
 } from '../proto/gen/cluster.js';
 import {
   channelCredentials,
@@ -27,25 +23,7 @@ import {
 } from '../proto/link-security.js';
 import { keepaliveOptions } from '../proto/keepalive.js';
 import { PROTOCOL } from '../proto/protocol.js';
-
-/** What a group is to load; every rank is told all of it. */
-export interface GroupSpec {
-  readonly modelPath: string;
-  readonly checkpointDigest: string;
-  readonly weights: Weights;
-  readonly isExact: boolean;
-  readonly maxSeqLen: number;
-  readonly maxBatchSize: number;
-  readonly maxStepRows: number;
-  readonly stepTimeoutMs: number;
-  readonly transport: Transport;
-  /** Left out where weights are not kept for the next start. */
-  readonly weightCache: WeightCache | undefined;
-  readonly device: DeviceKind;
-  readonly kv: KvForm;
-  /** With fewer bits, where a device turns out to have no room for this one; null if there is none. */
-  readonly smaller: GroupSpec | null;
-}
+import type { GroupSpec } from './group-spec.js';
 
 export interface ConnectOptions {
   /** Most time until every rank has taken the call, in milliseconds. */
@@ -74,11 +52,18 @@ const channelOptions = (device: DeviceKind) => ({
 export class Ranks {
   readonly #links: readonly RankLink[];
   readonly #answerTimeoutMs: number;
+  readonly #warnings: readonly string[];
   /** What every rank said after loading, in rank order. */
   readonly loaded: readonly Loaded[];
   readonly vocabCounts: readonly number[];
 
-  private constructor(links: readonly RankLink[], loaded: readonly Loaded[], timeoutMs: number) {
+  private constructor(
+    links: readonly RankLink[],
+    loaded: readonly Loaded[],
+    timeoutMs: number,
+    warnings: readonly string[],
+  ) {
+    this.#warnings = warnings;
     this.#links = links;
     this.loaded = loaded;
     this.vocabCounts = loaded.map((rank) => rank.vocabCount);
@@ -101,7 +86,7 @@ export class Ranks {
     } catch (error) {
       const isTooLarge = error instanceof CaravanError && error.code === 'out_of_memory';
       if (!isTooLarge || spec.smaller === null) throw error;
-      return Ranks.#connect(addresses, spec.smaller, options);
+      return Ranks.#connect(addresses, spec.smaller, options, [`fewer bits: ${error.message}`]);
     }
   }
 
@@ -109,6 +94,7 @@ export class Ranks {
     addresses: readonly string[],
     spec: GroupSpec,
     options: ConnectOptions,
+    warnings: readonly string[] = [],
   ): Promise<Ranks> {
     const links = addresses.map(
       (address, rank) => new RankLink(rank, address, spec.device, options.security ?? null),
@@ -134,7 +120,7 @@ export class Ranks {
           ),
         ),
       );
-      return new Ranks(links, loaded, spec.stepTimeoutMs);
+      return new Ranks(links, loaded, spec.stepTimeoutMs, warnings);
     } catch (error) {
       close();
       throw options.signal?.aborted === true
@@ -145,10 +131,10 @@ export class Ranks {
     }
   }
 
-  /** Why weights were not kept for the next start: a line for each reason, not for each rank. */
-  get cacheFaults(): string[] {
-    const faults = this.loaded.map(({ cacheFault }) => cacheFault);
-    return [...new Set(faults)].filter((fault) => fault !== '');
+  /** Why weights have fewer bits, or were not kept for the next start: a line for each reason, not for each rank. */
+  get warnings(): string[] {
+    const faults = this.loaded.map(({ cacheFault }) => cacheFault).filter((fault) => fault !== '');
+    return [...this.#warnings, ...new Set(faults)];
   }
 
   /** Resolves, with the reason, when any rank is lost. */

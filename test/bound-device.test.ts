@@ -174,6 +174,8 @@ void test('what does not fit in 16 bits is loaded in 4, where the weights were l
     const own = { ...limits, memoryLimit };
     await withHostMemoryDevices(folder, 'cuda', own, async (ranks) => {
       assert.equal(ranks.loaded[0]!.weightBytes, weightBytes);
+      const isLess = weightBytes < half.weightBytes;
+      assert.match(ranks.warnings.join(), isLess ? /^fewer bits: .* are free/ : /^$/);
       const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
       const joins = [{ slot: 0, temperature: 0 }];
       const chunks = [{ slot: 0, tokens, sampledRows, targets: [] }];
