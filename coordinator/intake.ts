@@ -127,10 +127,11 @@ export class Intake {
       return { terms: { ...terms, latestStartMs }, estimate: verdict.estimate, version };
     }
     const earliestS = Math.ceil((verdict.earliestEndMs - nowMs) / 1000);
-    const wishedS = ((deadlineMs - nowMs) / 1000).toFixed(1);
+    const wishedS = (deadlineMs - nowMs) / 1000;
+    const wished = wishedS > 0 ? `${wishedS.toFixed(1)} s from now` : 'a time that has passed';
     throw new CaravanError(
       'deadline_unmeetable',
-      `deadline: ${wishedS} s from now cannot be met at the measured speed; ${earliestS} s could`,
+      `deadline: ${wished} cannot be met at the measured speed; ${earliestS} s could`,
       { param: 'deadline' },
     );
   }

@@ -83,6 +83,11 @@ void test('a job is told when it will start and end, and that a deadline cannot 
   assert.equal(late.status, 409);
   assert.equal(late.error?.code, 'deadline_unmeetable');
   assert.match(late.error.message, /^deadline: 0\.3 s from now cannot be met .* \d+ s could$/);
+  const past = await ask(first, { deadline: '2020-01-31T08:00:00Z' });
+  assert.match(
+    past.error!.message,
+    /^deadline: a time that has passed cannot be met .* \d+ s could$/,
+  );
   // The server says what could be met: that is taken, by header, as a time.
   const seconds = Number(/; (\d+) s could/.exec(late.error.message)?.[1]);
   const asTime = new Date(Date.now() + 1000 * (seconds + 1)).toISOString();
