@@ -123,9 +123,11 @@ export class Journal extends JournalReader {
       request: asked,
       terms: JSON.parse(terms!) as JobTerms,
       sequences: await Promise.all(
-        Array.from({ length: sequenceCount(asked) }, async (_, index) =>
-          progressOf(await this.entries(id, index, 0), await this.#promptCount(id, index)),
-        ),
+        Array.from({ length: sequenceCount(asked) }, async (_, index) => {
+          // At once: a new job has neither, and waits for both.
+          const reading = [this.entries(id, index, 0), this.#promptCount(id, index)] as const;
+          return progressOf(...(await Promise.all(reading)));
+        }),
       ),
     };
   }
