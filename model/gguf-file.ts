@@ -87,7 +87,8 @@ class HeaderParser {
   parse(): GgufFile {
     const reader = this.#reader;
     reader.within('the first 24 bytes');
-    if (reader.bytes(4).toString('latin1') !== 'GGUF') reader.fail('does not begin with "GGUF"');
+    if (reader.bytes(4).toString('latin1') !== 'GGUF')
+      reader.fail('does not begin with "GGUF": models are folders, and files of this format');
     this.#checkVersion(reader.uint32());
     const tensorCount = reader.count(TENSOR_BYTES, 'tensors');
     const entryCount = reader.count(ENTRY_BYTES, 'entries of metadata');

@@ -4,6 +4,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { z } from 'zod';
 import { CaravanError } from '../proto/errors.js';
+import { quoted } from './quoted.js';
 import type { Checkpoint } from './checkpoint.js';
 import { parseHuggingFaceConfig } from './config.js';
 import { readSafetensorsHeader } from './safetensors.js';
@@ -21,9 +22,11 @@ const indexFile = z.object({ weight_map: z.record(z.string(), z.string()) });
 export function openHuggingFace(folder: string): Checkpoint {
   const configPath = path.join(folder, 'config.json');
   if (!fs.existsSync(configPath)) {
+    const gguf = fs.readdirSync(folder).find((name) => name.endsWith('.gguf'));
+    const hint = gguf === undefined ? '' : `; to open ${quoted(gguf)}, name the file itself`;
     throw new CaravanError(
       'unsupported_model',
-      `${folder}: has no config.json; Caravan opens folders in Hugging Face layout`,
+      `${folder}: has neither config.json, as Hugging Face's layout has, nor params.json, as Meta's${hint}`,
     );
   }
   const configText = fs.readFileSync(configPath, 'utf8');

@@ -132,6 +132,8 @@ const tokenizerConfig: FuzzTarget = {
   },
 };
 
+const templateTokenizer = openTokenizer(new Map(Object.entries(tokenizerFiles)));
+
 const chatTemplate: FuzzTarget = {
   seeds: [
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] " +
@@ -156,7 +158,7 @@ const chatTemplate: FuzzTarget = {
   mostMs: 5_000,
   read: (input) => {
     const files = new Map(Object.entries({ ...tokenizerFiles, 'chat_template.jinja': input }));
-    const chat = openChatTemplate(files, openTokenizer(files));
+    const chat = openChatTemplate(files, templateTokenizer);
     const messages = [
       { role: 'system', content: 'Be <|im_end|> brief.' },
       { role: 'user', content: 'Hi' },

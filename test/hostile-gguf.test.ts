@@ -362,3 +362,10 @@ void test('what is good is taken', () => {
   );
   assert.ok(readGgufFile(file).metadata.has('lists'));
 });
+
+void test('a folder with a GGUF file in it is not the file, and it says so', () => {
+  const folder = fs.mkdtempSync(path.join(scratch, 'folder-'));
+  assertRefused(() => openCheckpoint(folder), /has neither config\.json.* nor params\.json.*'s$/);
+  fs.writeFileSync(path.join(folder, 'model.gguf'), '');
+  assertRefused(() => openCheckpoint(folder), /to open "model\.gguf", name the file itself$/);
+});

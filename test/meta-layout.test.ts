@@ -25,6 +25,8 @@ import { sharedPath, skipWithout } from './shared.js';
 
 const isLong = process.env['CARAVAN_LONG'] === '1';
 const TOLERANCE = 2e-4;
+/** So that a hang ends: eight ranks on a busy machine take minutes. */
+const GENERATE_WITHIN_MS = 600_000;
 /**
  * Of the largest logit, where weights were rounded to bfloat16. In float64, too, this rounding alone moves logits of
  * stories260K by up to 0.087, of at most 19.3: nearer than that no reader of such files comes.
@@ -131,7 +133,7 @@ for (const tp of isLong ? [1, 2, 3, 4, 8] : [3]) {
         '0',
       ];
       args.push('--ignore-eos', '--max-tokens', '200');
-      const { text } = (await runCliJson(args)) as { text: string };
+      const { text } = (await runCliJson(args, GENERATE_WITHIN_MS)) as { text: string };
       const golden = fs.readFileSync(sharedPath(sharedGolden.text), 'utf8');
       assert.equal(text.trimEnd(), golden.trimEnd());
     },
