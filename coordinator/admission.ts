@@ -1,11 +1,11 @@
 /**
  * When a job will start and end, and whether its deadline can be promised: pure, without clock or I/O.
  *
- * A job costs engines time: its rows, and its share of the fixed part of the steps that a full batch takes together.
- * Promised jobs go by deadline (EDF), so that all deadlines hold if, for every one of them, the time that the jobs up to it
- * cost fits before it (the processor-demand test; Liu and Layland 1973, Baruah et al. 1990). Beside that, a job needs
- * its own time in a slot: its latest start is that much before its deadline, and what was measured of such
- * times corrects what is reckoned.
+ * A job costs engines time: its rows, and its share of the fixed part of the steps that a full batch takes together. And
+ * it needs its own time in a slot: its latest start is that much before its deadline. When time is short, promised jobs go
+ * by latest start; a slot that is free goes to the next one, so that each of them starts no later than the engines have
+ * done the work of those before it (Graham, "Bounds on multiprocessing timing anomalies", 1969). All deadlines hold if,
+ * for every job, that is no later than its latest start. What was measured corrects both parts of the reckoning.
  */
 import { AGED_TURN } from './order.js';
 import type { Pace } from './pace.js';
@@ -15,9 +15,13 @@ export interface Power {
   readonly engines: number;
   /** Sequences that one engine runs at once. */
   readonly slots: number;
+  /** Rows that a step has at most: decodes, and prompt tokens beside them. */
+  readonly stepRows: number;
   readonly pace: Pace;
   /** How much longer jobs ran than was reckoned, by what was seen; 1 before anything was. */
   readonly slowness: number;
+  /** How much more of the engines' time work took than was reckoned; 1 for as much. */
+  readonly overhead: number;
 }
 
 export interface Work {
@@ -25,8 +29,10 @@ export interface Work {
   readonly outputTokens: number;
 }
 
-export interface PromisedJob extends Work {
-  readonly deadlineMs: number;
+/** A promised job, or several of which the latest starts lie between two times. */
+export interface PromisedWork extends Work {
+  readonly firstStartMs: number;
+  readonly lastStartMs: number;
   /** When its engine took it; null while it waits. */
   readonly sinceMs: number | null;
 }
@@ -34,8 +40,8 @@ export interface PromisedJob extends Work {
 /** What stands before a new job. */
 export interface Stand {
   readonly power: Power;
-  /** All promised jobs, that wait or run, by deadline. */
-  readonly promised: readonly PromisedJob[];
+  /** Promised jobs that wait, by latest start, and those that run. */
+  readonly promised: readonly PromisedWork[];
   /** Jobs that run, promised or not. */
   readonly running: readonly (Work & { readonly sinceMs: number })[];
   /** Work that waits and comes before it by its class, promised jobs of it included. */
@@ -48,7 +54,13 @@ export interface Estimate {
 }
 
 export type Verdict =
-  | { readonly kind: 'promised'; readonly estimate: Estimate; readonly latestStartMs: number }
+  | {
+      readonly kind: 'promised';
+      readonly estimate: Estimate;
+      readonly latestStartMs: number;
+      /** When promised jobs, this one among them, need the engines for themselves. */
+      readonly pressedFromMs: number;
+    }
   /** `earliestEndMs`: a deadline that could be promised instead. */
   | { readonly kind: 'refused'; readonly estimate: Estimate; readonly earliestEndMs: number };
 
@@ -58,8 +70,15 @@ const PROMISED_SHARE = 0.97 - 1 / AGED_TURN;
 const TURN_MS = 750;
 
 /** What a job costs the engines, in milliseconds of one of them with a full batch. */
-export const costMs = ({ tokens, outputTokens }: Work, { pace, slots }: Power): number =>
-  pace.rowMs * tokens + (pace.stepMs * outputTokens) / slots;
+export const costMs = ({ tokens, outputTokens }: Work, { pace, slots, overhead }: Power): number =>
+  overhead * (pace.rowMs * tokens + (pace.stepMs * outputTokens) / slots);
+
+/** Prompts get at least so many rows of a step, however many sequences decode. */
+const LEAST_PROMPT_ROWS = 16;
+
+/** Prompt tokens that a step has room for beside a full batch. */
+export const promptRowsOf = ({ stepRows, slots }: Pick<Power, 'stepRows' | 'slots'>): number =>
+  Math.max(stepRows - slots, LEAST_PROMPT_ROWS);
 
 /** How long a job holds a slot. @param isBusy with a full batch beside it, or as many as there are now. */
 export function runMs({ tokens, outputTokens }: Work, power: Power, isBusy: boolean): number {
@@ -78,7 +97,8 @@ export function estimate(job: Work, stand: Stand, nowMs: number): Estimate {
   let waitMs = 0;
   if (running.length >= slots || before.jobs > 0) {
     const rate = costMs({ tokens: before.tokens, outputTokens: 0 }, power);
-    const runningMs = running.reduce((sum, each) => sum + demandOf(each, power, nowMs).engineMs, 0);
+    const left = running.reduce((sum, each) => plus(sum, demandOf(each, power, nowMs)), NO_DEMAND);
+    const runningMs = engineMsOf(left);
     // All that is before it, and as much of what runs as must leave first: on average half.
     waitMs = rate / engines + runningMs / engines / (before.jobs > 0 ? 1 : Math.max(2, slots));
   }
@@ -86,11 +106,16 @@ export function estimate(job: Work, stand: Stand, nowMs: number): Estimate {
   return { startMs, endMs: startMs + runMs(job, power, waitMs > 0) };
 }
 
-/** What a job takes of engines and slots, in milliseconds of one of each. */
+/** What a job takes of the engines, in milliseconds of one of them. */
 interface Demand {
-  readonly engineMs: number;
-  readonly slotMs: number;
+  /** For its rows. */
+  readonly rowsMs: number;
+  /** For the fixed part of the steps that its output needs, and that its prompt needs: the same steps serve both. */
+  readonly decodesMs: number;
+  readonly promptsMs: number;
 }
+
+const NO_DEMAND: Demand = { rowsMs: 0, decodesMs: 0, promptsMs: 0 };
 
 /** What is left of a job. */
 function demandOf(
@@ -98,15 +123,25 @@ function demandOf(
   power: Power,
   nowMs: number,
 ): Demand {
-  const ownMs = runMs(job, { ...power, slowness: 1 }, true);
+  const ownMs = power.overhead * runMs(job, { ...power, slowness: 1 }, true);
   const share = job.sinceMs === null ? 1 : Math.max(0.05, 1 - (nowMs - job.sinceMs) / ownMs);
-  return { engineMs: share * costMs(job, power), slotMs: share * ownMs };
+  const { pace, slots, overhead } = power;
+  const promptTokens = job.tokens - job.outputTokens;
+  return {
+    rowsMs: share * overhead * pace.rowMs * job.tokens,
+    decodesMs: (share * overhead * pace.stepMs * job.outputTokens) / slots,
+    promptsMs: (share * overhead * pace.stepMs * promptTokens) / promptRowsOf(power),
+  };
 }
 
 const plus = (a: Demand, b: Demand): Demand => ({
-  engineMs: a.engineMs + b.engineMs,
-  slotMs: a.slotMs + b.slotMs,
+  rowsMs: a.rowsMs + b.rowsMs,
+  decodesMs: a.decodesMs + b.decodesMs,
+  promptsMs: a.promptsMs + b.promptsMs,
 });
+
+const engineMsOf = ({ rowsMs, decodesMs, promptsMs }: Demand): number =>
+  rowsMs + Math.max(decodesMs, promptsMs);
 
 /** Whether a deadline can be promised. */
 export function admit(job: Work, deadlineMs: number, stand: Stand, nowMs: number): Verdict {
@@ -116,36 +151,40 @@ export function admit(job: Work, deadlineMs: number, stand: Stand, nowMs: number
   const isIdle = running.length < engines * power.slots && before.jobs === 0;
   const turnMs = isIdle ? 0 : TURN_MS;
   const usual = estimate(job, stand, nowMs);
-  /** Whether what deadlines up to some time take is there until then. */
-  const fits = ({ engineMs, slotMs }: Demand, untilMs: number): boolean =>
-    Math.max(engineMs, slotMs / power.slots) <= (untilMs - nowMs) * engines * PROMISED_SHARE;
-  const own = demandOf({ ...job, sinceMs: null }, power, nowMs);
-  let sum: Demand = { engineMs: 0, slotMs: 0 };
-  let isCounted = false;
-  let doesFit = nowMs + ownMs + turnMs <= deadlineMs;
+  const latestStartMs = deadlineMs - ownMs - turnMs;
+  /** In which the engines do this much, if nothing else comes before it. */
+  const timeOf = (demand: Demand): number => engineMsOf(demand) / engines / PROMISED_SHARE;
+  let sum = NO_DEMAND;
+  const waiting: PromisedWork[] = [];
   for (const other of promised) {
-    if (!isCounted && other.deadlineMs > deadlineMs) {
-      sum = plus(sum, own);
-      isCounted = true;
-      doesFit &&= fits(sum, deadlineMs);
-    }
+    if (other.sinceMs === null) waiting.push(other);
+    else sum = plus(sum, demandOf(other, power, nowMs));
+  }
+  const place = waiting.findIndex((other) => other.firstStartMs > latestStartMs);
+  const own = { ...job, firstStartMs: latestStartMs, lastStartMs: latestStartMs, sinceMs: null };
+  waiting.splice(place === -1 ? waiting.length : place, 0, own);
+  // For the new one and those behind it, and for all: when the engines must turn to promised jobs alone.
+  let [laterPressedMs, pressedFromMs] = [Infinity, Infinity];
+  let isBehind = false;
+  const press = (startMs: number): void => {
+    const pressedMs = startMs - timeOf(sum);
+    pressedFromMs = Math.min(pressedFromMs, pressedMs);
+    if (isBehind) laterPressedMs = Math.min(laterPressedMs, pressedMs);
+  };
+  for (const other of waiting) {
+    isBehind ||= other === own;
+    press(other.firstStartMs);
     sum = plus(sum, demandOf(other, power, nowMs));
-    if (isCounted) doesFit &&= fits(sum, other.deadlineMs);
+    // Of several the last one starts when the others are done.
+    if (other.lastStartMs > other.firstStartMs) press(other.lastStartMs);
   }
-  if (!isCounted) {
-    sum = plus(sum, own);
-    doesFit &&= fits(sum, deadlineMs);
-  }
-  if (doesFit) {
-    const latestStartMs = deadlineMs - ownMs - turnMs;
+  if (laterPressedMs >= nowMs) {
     const endMs = Math.min(usual.endMs, deadlineMs);
     const startMs = Math.min(usual.startMs, Math.max(nowMs, latestStartMs));
-    return { kind: 'promised', estimate: { startMs, endMs }, latestStartMs };
+    return { kind: 'promised', estimate: { startMs, endMs }, latestStartMs, pressedFromMs };
   }
   // A deadline behind all others that holds.
-  const lastMs = Math.max(sum.engineMs, sum.slotMs / power.slots) / engines / PROMISED_SHARE;
-  const earliestEndMs = nowMs + Math.max(lastMs, ownMs + turnMs);
-  return { kind: 'refused', estimate: usual, earliestEndMs };
+  return { kind: 'refused', estimate: usual, earliestEndMs: nowMs + timeOf(sum) + ownMs + turnMs };
 }
 
 /**

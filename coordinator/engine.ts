@@ -23,6 +23,7 @@ import { announceStep } from './step-announcement.js';
 import { Sequence } from './sequence.js';
 import { Slots } from './slots.js';
 import { guessNext, MAX_DRAFT, StepCosts } from './speculation.js';
+import type { StepFigures } from './step-figures.js';
 import { stepMessage } from './step-message.js';
 import { TextStream } from './text-stream.js';
 
@@ -95,21 +96,6 @@ export interface EngineOptions {
   readonly onStep?: (figures: StepFigures) => void;
   /** Hears that a sequence has left and its slot can be taken. Must return at once. */
   readonly onSlotFree?: () => void;
-}
-
-export interface StepFigures {
-  readonly rows: number;
-  readonly sequences: number;
-  /** Tokens that were guessed, and those of them that came true. */
-  readonly draftTokens: number;
-  readonly acceptedTokens: number;
-  /** From planning to the last sink, and what of it the ranks took (the slowest). */
-  readonly totalMs: number;
-  readonly ranksMs: number;
-  /** Waiting for peers, of the rank that computed longest. */
-  readonly waitMs: number;
-  /** The longest time that a rank did not serve the network. */
-  readonly stretchMs: number;
 }
 
 /** A first guess until steps have been measured. */
@@ -279,11 +265,12 @@ export class RankEngine implements Engine {
     }
     this.#movedMs = performance.now();
 
+    const stepRows = this.#tokenBudget;
     const stretchUs = Math.max(...results.map((result) => result.longestStretchUs));
     this.#tokenBudget = adaptBudget(this.#tokenBudget, maxStepRows, rows, stretchUs);
     const busiest = results.reduce((a, b) => (b.computeUs > a.computeUs ? b : a));
     this.#options.onStep?.({
-      rows,
+      ...{ rows, promptTokens, stepRows },
       sequences: decodes.length + drafts.length + chunks.length,
       draftTokens: draftRows,
       acceptedTokens,

@@ -6,9 +6,9 @@ import { CaravanError } from '../proto/errors.js';
 import { admit, estimate, type Estimate, type Power, type Stand } from './admission.js';
 import { meanPace, SteadyPace } from './pace.js';
 import type { JobQueue } from './queue.js';
-import type { JobSize, QueueLimits, Reserved, StandOfQueue } from './queue-order.js';
+import type { JobSize, QueueLimits, ReserveCheck, Reserved, StandOfQueue } from './queue-order.js';
 import type { JobTerms } from './request.js';
-import type { Store } from './store.js';
+import type { EngineBeat, Store } from './store.js';
 import type { Tenant } from './tenant.js';
 
 export interface IntakeRules {
@@ -28,6 +28,13 @@ export interface Admitted {
   readonly isNew: boolean;
   /** Null where nothing was measured yet. */
   readonly estimate: Estimate | null;
+}
+
+interface Reckoned extends Omit<Admitted, 'isNew'> {
+  /** Of the promises that were reckoned with. */
+  readonly version: number;
+  /** Where it is promised: see `Verdict`. */
+  readonly pressedFromMs?: number;
 }
 
 /** Engines are asked for their pace this often; they say something new every two seconds. */
@@ -90,10 +97,13 @@ export class Intake {
     };
     for (let attempt = 1; ; attempt += 1) {
       const admitted = await this.#reckon(queue, model, kept, size, tenant);
-      const { version } = admitted;
-      const isPromised = admitted.terms.latestStartMs !== undefined;
+      const { version, pressedFromMs } = admitted;
       // The last attempt does not mind: promises that were made meanwhile are few.
-      const check = isPromised && attempt < PROMISE_ATTEMPTS ? { limits, version } : { limits };
+      const isChecked = pressedFromMs !== undefined && attempt < PROMISE_ATTEMPTS;
+      const check: ReserveCheck = {
+        ...{ limits, ...(isChecked ? { version } : {}) },
+        ...(pressedFromMs === undefined ? {} : { pressedFromMs }),
+      };
       const reserved = await queue.reserve(id, admitted.terms, size, check);
       if (reserved.kind === 'full') throw this.#refusal(model, reserved, limits);
       if (reserved.kind !== 'raced') return { ...admitted, isNew: reserved.kind === 'reserved' };
@@ -107,7 +117,7 @@ export class Intake {
     terms: JobTerms,
     size: JobSize,
     tenant: Tenant | null,
-  ): Promise<Omit<Admitted, 'isNew'> & { readonly version: number }> {
+  ): Promise<Reckoned> {
     if (this.#rules.admission === 'off' || tenant === null) {
       return { terms, estimate: null, version: 0 };
     }
@@ -123,8 +133,9 @@ export class Intake {
     if (verdict.kind === 'promised') {
       // What no engine is there for cannot be promised, only not be refused.
       if (power.engines === 0) return { terms, estimate: verdict.estimate, version };
-      const { latestStartMs } = verdict;
-      return { terms: { ...terms, latestStartMs }, estimate: verdict.estimate, version };
+      const { latestStartMs, pressedFromMs } = verdict;
+      const promised = { ...terms, latestStartMs };
+      return { terms: promised, estimate: verdict.estimate, version, pressedFromMs };
     }
     const earliestS = Math.ceil((verdict.earliestEndMs - nowMs) / 1000);
     const wishedS = (deadlineMs - nowMs) / 1000;
@@ -151,11 +162,17 @@ export class Intake {
       (await this.#store.lastPace(model));
     if (reading === null) return known.power;
     known.steady.add(reading, nowMs);
-    const slots = engines.reduce((sum, engine) => sum + engine.slots, 0) / engines.length;
+    const isNone = engines.length === 0;
+    const meanOf = (of: (engine: EngineBeat) => number): number =>
+      engines.reduce((sum, engine) => sum + of(engine), 0) / engines.length;
+    const slots = isNone
+      ? ((await this.#store.card(model))?.maxBatchSize ?? 1)
+      : meanOf((engine) => engine.slots);
+    const overhead = isNone ? 1 : meanOf((engine) => engine.overhead ?? 1);
+    const stepRows = isNone ? Infinity : meanOf((engine) => engine.stepRows ?? Infinity);
     const slowness = Math.max(1, ...engines.map((engine) => engine.slowness ?? 1));
     const pace = known.steady.pace!;
-    const most = engines.length > 0 ? slots : (await this.#store.card(model))?.maxBatchSize;
-    known.power = { engines: engines.length, slots: most ?? 1, pace, slowness };
+    known.power = { engines: engines.length, slots, stepRows, pace, slowness, overhead };
     return known.power;
   }
 

@@ -14,7 +14,8 @@ import type { LoadProgress, WeightCache } from '../proto/gen/cluster.js';
 import type { LinkSecurity } from '../proto/link-security.js';
 import type { Config } from './config.js';
 import { EngineHealth } from './engine-health.js';
-import { RankEngine, type StepFigures } from './engine.js';
+import { RankEngine } from './engine.js';
+import type { StepFigures } from './step-figures.js';
 import { EnginePace } from './engine-pace.js';
 import { EngineSpeed } from './engine-speed.js';
 import { Heartbeat } from './heartbeat.js';
@@ -187,7 +188,7 @@ export async function runCoordinator(
           draftTokens: draftTokensOf(options.speculation),
           onStep: (figures) => {
             speed.add(figures.rows, figures.sequences, figures.totalMs);
-            pace.addStep(figures.rows, figures.totalMs);
+            pace.addStep(figures, performance.now(), engine.freeSlotCount);
             metrics.step(figures.rows, figures.totalMs);
             metrics.drafts(figures.draftTokens, figures.acceptedTokens);
             options.onStep?.(figures);

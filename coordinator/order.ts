@@ -3,7 +3,8 @@
  *
  * A choice looks, in this order, at
  *   1. every AGED_TURN-th time, the job that has waited longest, if that is long: nothing starves;
- *   2. jobs that were promised to end by their deadline and must start now: the earliest deadline;
+ *   2. jobs that were promised to end by their deadline: those that must start now, the earliest deadline first; and,
+ *      while together they need all the time that is left for them, the one that must start next;
  *   3. the lowest priority number. Within it promised jobs come first, the earliest deadline before others; then the
  *      tenants take turns by what they were served, and a tenant's own jobs come by deadline, then by age.
  *
@@ -46,6 +47,10 @@ export interface OrderView {
   readonly heads: readonly QueuedJob[];
   /** Promised jobs whose latest start has come. */
   readonly due: readonly QueuedJob[];
+  /** Of the promised jobs that wait, the one that must start first. */
+  readonly nextDue: QueuedJob | null;
+  /** From then on promised jobs need the engines for themselves to end in time; Infinity where nothing is promised. */
+  readonly pressedFromMs: number;
   /** The one that has waited longest. */
   readonly oldest: QueuedJob | null;
   /** Virtual times of tenants, in tokens / weight; 0 where left out. */
@@ -96,7 +101,7 @@ export function chooseJob(view: OrderView, nowMs: number, rules: OrderRules): Ch
   if (oldest !== null && isAgedTurn && nowMs - oldest.queuedMs >= rules.agedAfterMs) {
     return choiceOf(view, oldest, 'aged');
   }
-  const mostDue = first(due, byDeadline);
+  const mostDue = first(due, byDeadline) ?? (nowMs >= view.pressedFromMs ? view.nextDue : null);
   if (mostDue !== null) return choiceOf(view, mostDue, 'promised');
   const priority = Math.min(...view.heads.map((job) => job.priority));
   const heads = view.heads.filter((job) => job.priority === priority);
@@ -128,8 +133,8 @@ function first<T>(jobs: readonly T[], compare: (a: T, b: T) => number): T | null
 }
 
 /** Among the jobs that an engine runs, prompts of a lower number are computed first: promised ones, then by class. */
-export const urgencyOf = ({ latestStartMs, deadlineMs, priority }: QueuedJob): number =>
-  latestStartMs !== null && deadlineMs !== null ? deadlineMs : UNPROMISED_URGENCY + priority;
+export const urgencyOf = ({ latestStartMs, priority }: QueuedJob): number =>
+  latestStartMs ?? UNPROMISED_URGENCY + priority;
 
 /** Behind every time. */
 const UNPROMISED_URGENCY = 1e14;
@@ -154,12 +159,14 @@ export function chooseVictim(
   nowMs: number,
 ): HeldJob | null {
   if (reason === 'aged') return null;
+  const isDue = job.latestStartMs !== null && job.latestStartMs <= nowMs;
   const mayYield = (other: HeldJob): boolean => {
     if (other.preemptions >= MAX_PREEMPTIONS || nowMs - other.sinceMs < MIN_HELD_MS) return false;
     const { latestStartMs } = other;
     if (latestStartMs !== null && latestStartMs - nowMs < PROMISED_SLACK_MS) return false;
     if (reason === 'class') return job.priority * PREEMPTING_RATIO <= other.priority;
-    return latestStartMs === null || byDeadline(job, other) < 0;
+    // One that was promised, too, leaves only for one that must start now: what it has cost is lost.
+    return latestStartMs === null || (isDue && byDeadline(job, other) < 0);
   };
   return first(held.filter(mayYield), byLeastUrgent);
 }

@@ -7,14 +7,15 @@
  *                                  one is its head, and the next tenant is one step away
  *   caravan:order:QUEUE:ages       zset: id by the time of its submit
  *   caravan:order:QUEUE:due        zset: id by its latest start; promised jobs that wait
- *   caravan:order:QUEUE:promises   zset: id by its deadline; promised jobs that wait or run
+ *   caravan:order:QUEUE:demands    hash: LEVEL:SPAN:t and LEVEL:SPAN:o → tokens and output tokens of promised jobs that
+ *                                  wait, by their latest start (see demand-spans)
  *   caravan:order:QUEUE:deadlines  zset: id by its deadline; all jobs that have one and wait or run
  *   caravan:order:QUEUE:running    hash: id → record of a job that an engine has, with sinceMs and engine
  *   caravan:order:QUEUE:promoted   hash: id → when an engine chose it; it still waits, first in BullMQ's order
  *   caravan:order:QUEUE:served     hash: tenant → virtual time
  *   caravan:order:QUEUE:loads      hash: priority → tokens that wait
  *   caravan:order:QUEUE:tenants    hash: TENANT/jobs (waiting and running), TENANT/tokens (waiting)
- *   caravan:order:QUEUE:state      hash: floor, turn, jobs and tokens (waiting), version of the promises
+ *   caravan:order:QUEUE:state      hash: floor, turn, jobs and tokens (waiting), version of the promises, pressedFrom
  *   caravan:order:QUEUE:odd        hash: id → since when BullMQ and the order were seen to differ about it (queue-mending)
  *
  *   reserved ──enter──> waiting ──promote──> promoted ──(BullMQ's fetch)──confirm──> running ──forget──> gone
@@ -25,6 +26,7 @@
  * Two engines that do so at once may get each other's: both were chosen. What a fetch brings unchosen is put back.
  */
 import { createHash } from 'node:crypto';
+import { FACTOR, LEVELS } from './demand-spans.js';
 
 /** Parts of the key names, in the order of the scripts' KEYS; BullMQ's own come after them. */
 export const orderParts = [
@@ -32,7 +34,7 @@ export const orderParts = [
   'lanes',
   'ages',
   'due',
-  'promises',
+  'demands',
   'running',
   'promoted',
   'served',
@@ -62,7 +64,7 @@ export interface Script {
 }
 
 const prelude = `
-local waiting, lanes, ages, due, promises, running, promoted, served, loads, tenants, state = unpack(KEYS, 1, 11)
+local waiting, lanes, ages, due, demands, running, promoted, served, loads, tenants, state = unpack(KEYS, 1, 11)
 local deadlines, odd = unpack(KEYS, 12, 13)
 local prioritized, wait, delayed, meta, active, completed, failed = unpack(KEYS, 14, 20)
 local call = redis.call
@@ -74,6 +76,12 @@ local function countWaiting(job, sign)
   add(tenants, job.tenant .. '/tokens', sign * job.tokens)
   add(state, 'tokens', sign * job.tokens)
   add(state, 'jobs', sign)
+  if not job.latestStartMs then return end
+  for level = 0, ${LEVELS - 1} do
+    local span = string.format('%d:%.0f', level, math.floor(job.latestStartMs / 1000 / ${FACTOR} ^ level))
+    add(demands, span .. ':t', sign * job.tokens)
+    add(demands, span .. ':o', sign * job.outputTokens)
+  end
 end
 local function enter(job)
   call('ZADD', lanes, 0, job.lane)
@@ -90,10 +98,7 @@ local function reserve(job, text)
   countWaiting(job, 1)
   add(tenants, job.tenant .. '/jobs', 1)
   if job.deadlineMs then call('ZADD', deadlines, string.format('%.0f', job.deadlineMs), job.id) end
-  if job.latestStartMs then
-    call('ZADD', promises, string.format('%.0f', job.deadlineMs), job.id)
-    call('HINCRBY', state, 'version', 1)
-  end
+  if job.latestStartMs then call('HINCRBY', state, 'version', 1) end
 end
 local function number(text) return tonumber(text or '0') or 0 end
 local function refund(job, tokens)
@@ -131,7 +136,7 @@ local function forget(id, unusedTokens)
   call('HDEL', running, id)
   call('HDEL', promoted, id)
   call('ZREM', deadlines, id)
-  if call('ZREM', promises, id) == 1 then call('HINCRBY', state, 'version', 1) end
+  if job.latestStartMs then call('HINCRBY', state, 'version', 1) end
   add(tenants, job.tenant .. '/jobs', -1)
   return 1
 end
@@ -174,8 +179,8 @@ export const script = (text: string): Script => ({
 
 /**
  * ARGV record, id, tenant, now, then limits, each empty for none: waiting jobs, waiting tokens, the tenant's jobs and
- * waiting tokens, its requests a minute, the version of the promises that the record reckons with. KEYS beside the
- * usual: the tenant's requests of this minute.
+ * waiting tokens, its requests a minute, the version of the promises that the record reckons with, and from when on
+ * promised jobs need the engines for themselves. KEYS beside the usual: the tenant's requests of this minute.
  * @returns {reserved} or {known} or {full, which limit, what stands} or {raced}.
  */
 export const reserveScript = script(`
@@ -196,6 +201,13 @@ if ARGV[6] ~= '' then
   call('INCR', KEYS[21])
   call('EXPIRE', KEYS[21], 120)
 end
+if ARGV[8] ~= '' then
+  -- Without a version others may have promised meanwhile: the earlier time is the safe one.
+  local stands = call('HGET', state, 'pressedFrom')
+  if ARGV[7] ~= '' or not stands or tonumber(ARGV[8]) < tonumber(stands) then
+    call('HSET', state, 'pressedFrom', ARGV[8])
+  end
+end
 reserve(job, ARGV[1])
 return {'reserved'}`);
 
@@ -213,8 +225,8 @@ return 1`);
 
 /**
  * ARGV now, how long a promoted job is left alone.
- * @returns {paused} or {view, heads, due, oldest, served of the heads' and the due ones' tenants, floor, turn, next
- * latest start or empty, 1 when BullMQ would hand jobs out unchosen, and three numbers that are 0 when BullMQ and we agree}.
+ * @returns {paused} or {view, heads, due, oldest, served of their tenants, floor, turn, the promised job that must start
+ * first or empty, from when on promised jobs need the engines for themselves or empty, 1 when BullMQ would hand jobs out unchosen, and three numbers that are 0 when BullMQ and we agree}.
  */
 export const lookScript = script(`
 local now = tonumber(ARGV[1])
@@ -270,9 +282,13 @@ for _, id in ipairs(call('ZRANGE', ages, 0, 63)) do
     know(text)
   end
 end
-local coming = call('ZRANGEBYSCORE', due, '(' .. ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+local nextDue = ''
+for _, id in ipairs(call('ZRANGE', due, 0, 63)) do
+  nextDue = nextDue == '' and isFree(id) and call('HGET', waiting, id) or nextDue
+end
+if nextDue ~= '' then know(nextDue) end
 return {'view', heads, dues, oldest, times, call('HGET', state, 'floor') or '0', call('HGET', state, 'turn') or '0',
-  coming[2] or '', hasStrays and 1 or 0,
+  nextDue, call('HGET', state, 'pressedFrom') or '', hasStrays and 1 or 0,
   theirs - ours, call('HLEN', waiting) - ours, call('LLEN', active) - call('HLEN', running)}`);
 
 /**
@@ -333,20 +349,17 @@ return 1`);
 export const forgetScript = script(`return forget(ARGV[1], tonumber(ARGV[2]))`);
 
 /**
- * What stands in the queue, for an estimate: at most ARGV[1] promised jobs, and as many running ones.
- * @returns {records of promised jobs by deadline, records of running jobs, loads, waiting jobs, version of the promises}.
+ * What stands in the queue, for an estimate. ARGV most running jobs, then fields of the demands.
+ * @returns {those fields' values, records of running jobs, loads, waiting jobs, version of the promises}.
  */
 export const standScript = script(`
-local promisedJobs = {}
-for _, id in ipairs(call('ZRANGE', promises, 0, tonumber(ARGV[1]) - 1)) do
-  local text = call('HGET', running, id) or call('HGET', waiting, id)
-  if text then table.insert(promisedJobs, text) end
-end
+local values = {}
+if call('EXISTS', demands) == 1 then values = call('HMGET', demands, unpack(ARGV, 2)) end
 local runningJobs = {}
 for i, text in ipairs(call('HVALS', running)) do
   if i <= tonumber(ARGV[1]) then table.insert(runningJobs, text) end
 end
-return {promisedJobs, runningJobs, call('HGETALL', loads), number(call('HGET', state, 'jobs')),
+return {values, runningJobs, call('HGETALL', loads), number(call('HGET', state, 'jobs')),
   number(call('HGET', state, 'version'))}`);
 
 /**

@@ -1,9 +1,10 @@
 /** The order of one model's queue, as Redis keeps it beside BullMQ's own structures: see queue-order-scripts. */
 import type { Redis } from 'ioredis';
 import type { Stand } from './admission.js';
+import { spansFrom, workOf } from './demand-spans.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey } from './journal-keys.js';
-import type { Choice, HeldJob, OrderView, QueuedJob } from './order.js';
+import type { Choice, HeldJob, OrderView } from './order.js';
 import {
   adoptScript,
   bullParts,
@@ -35,7 +36,7 @@ const FOREIGN_TERMS: JobTerms = { priority: 100, deadlineMs: null };
 const SETTLED_MS = 2_000;
 /** An engine that has not ended a job so long after its deadline has died. */
 const LATE_ENGINE_MS = 15_000;
-/** Promised jobs, and running ones, that an estimate reckons with. */
+/** Running jobs that an estimate reckons with. */
 const MAX_STANDING = 5_000;
 /** Records that are asked for in one round trip. */
 const PIPELINE_JOBS = 500;
@@ -85,6 +86,15 @@ export interface StandOfQueue extends Pick<Stand, 'promised' | 'running'> {
   readonly version: number;
 }
 
+/** What must hold for a job to be let in, and what follows for the queue. */
+export interface ReserveCheck {
+  readonly limits?: QueueLimits;
+  /** Of the promises that were reckoned with. */
+  readonly version?: number;
+  /** With this one among them, promised jobs need the engines for themselves from then on. */
+  readonly pressedFromMs?: number;
+}
+
 export type Reserved =
   | { readonly kind: 'reserved' | 'known' | 'raced' }
   | { readonly kind: 'full'; readonly limit: keyof QueueLimits; readonly stands: number };
@@ -102,8 +112,6 @@ export type Look =
   | {
       readonly kind: 'view';
       readonly view: OrderView;
-      /** When the next promised job must start; null for none. */
-      readonly nextDueMs: number | null;
       /** BullMQ has jobs where it would hand them out unchosen. */
       readonly hasStrays: boolean;
       /** BullMQ and the order do not have the same jobs; some may be on their way. */
@@ -128,13 +136,13 @@ export class QueueOrder {
     ];
   }
 
-  /** Makes room for a job that is not in BullMQ yet. @param version of the promises that it reckons with. */
+  /** Makes room for a job that is not in BullMQ yet. */
   async reserve(
     id: string,
     terms: JobTerms,
     size: JobSize,
     nowMs: number,
-    { limits, version }: { limits?: QueueLimits; version?: number } = {},
+    { limits, version, pressedFromMs }: ReserveCheck = {},
   ): Promise<Reserved> {
     const job = queuedJobOf(id, terms, size, nowMs);
     const minute = Math.floor(nowMs / 60_000);
@@ -144,6 +152,7 @@ export class QueueOrder {
         JSON.stringify(recordOf(job)),
         ...limitNames.map((name) => limits?.[name] ?? ''),
         version ?? '',
+        pressedFromMs === undefined ? '' : Math.round(pressedFromMs),
       ],
       [`caravan:requests:${job.tenant}:${minute}`],
     )) as ['reserved' | 'known' | 'raced'] | ['full', number, string];
@@ -157,23 +166,29 @@ export class QueueOrder {
   }
 
   async stand(): Promise<StandOfQueue> {
-    const [promised, running, loads, waitingJobs, version] = (await this.#run(standScript, [
-      MAX_STANDING,
-    ])) as [string[], string[], string[], number, number];
-    const parsed = (texts: readonly string[]) =>
-      texts.map((text) => JSON.parse(text) as QueuedJob & { sinceMs?: number });
+    const spans = spansFrom(Date.now());
+    const fields = spans.flatMap(({ field }) => [`${field}:t`, `${field}:o`]);
+    const [demands, texts, loads, waitingJobs, version] = (await this.#run(standScript, [
+      ...[MAX_STANDING, ...fields],
+    ])) as [(string | null)[], string[], string[], number, number];
+    const running = texts.map((text) => {
+      const { tokens, outputTokens, latestStartMs, sinceMs } = JSON.parse(text) as HeldJob;
+      return { tokens, outputTokens, latestStartMs: latestStartMs as number | undefined, sinceMs };
+    });
     const byPriority = new Map<number, number>();
     for (let i = 0; i < loads.length; i += 2) {
       byPriority.set(Number(loads[i]), Number(loads[i + 1]));
     }
     return {
-      promised: parsed(promised).map(({ tokens, outputTokens, deadlineMs, sinceMs }) => ({
-        ...{ tokens, outputTokens, deadlineMs: deadlineMs ?? Infinity },
-        sinceMs: sinceMs ?? null,
-      })),
-      running: parsed(running).map(({ tokens, outputTokens, sinceMs }) => ({
-        ...{ tokens, outputTokens, sinceMs: sinceMs ?? 0 },
-      })),
+      promised: [
+        ...running.flatMap(({ latestStartMs, ...work }) =>
+          latestStartMs === undefined
+            ? []
+            : [{ ...work, firstStartMs: latestStartMs, lastStartMs: latestStartMs }],
+        ),
+        ...workOf(spans, demands),
+      ],
+      running,
       loads: byPriority,
       waitingJobs,
       version,
@@ -186,10 +201,11 @@ export class QueueOrder {
       ...unknown[],
     ];
     if (kind === 'paused') return { kind };
-    const [heads, due, oldest, times, floor, turn, next, strays, ...differences] = rest as [
-      ...[string[], string[], string, string[], string, string, string],
-      ...number[],
-    ];
+    const [heads, due, oldest, times, floor, turn, next, pressed, strays, ...differences] =
+      rest as [
+        ...[string[], string[], string, string[], string, string, string, string],
+        ...number[],
+      ];
     const served = new Map<string, number>();
     for (let i = 0; i < times.length; i += 2) served.set(times[i]!, Number(times[i + 1]));
     return {
@@ -197,12 +213,13 @@ export class QueueOrder {
       view: {
         heads: heads.map(jobOf),
         due: due.map(jobOf),
+        nextDue: next === '' ? null : jobOf(next),
+        pressedFromMs: pressed === '' ? Infinity : Number(pressed),
         oldest: oldest === '' ? null : jobOf(oldest),
         served,
         floor: Number(floor),
         turn: Number(turn),
       },
-      nextDueMs: next === '' ? null : Number(next),
       hasStrays: strays === 1,
       isUneven: differences.some((difference) => difference !== 0),
     };

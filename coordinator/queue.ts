@@ -13,7 +13,7 @@ import { connectionOf, queueName } from './queue-connection.js';
 import {
   QueueOrder,
   type JobSize,
-  type QueueLimits,
+  type ReserveCheck,
   type Reserved,
   type StandOfQueue,
 } from './queue-order.js';
@@ -71,7 +71,7 @@ export class JobQueue {
     id: string,
     terms: JobTerms,
     size: JobSize,
-    check?: { readonly limits: QueueLimits; readonly version?: number },
+    check?: ReserveCheck,
   ): Promise<Reserved> {
     return this.#call(() => this.#order.reserve(id, terms, size, Date.now(), check));
   }

@@ -330,12 +330,12 @@ export class RunningJob {
     return this.#writer.tokenCount - this.#resumedTokens;
   }
 
-  /** What another take would have to compute: the prompt anew, and what is not written. */
+  /** What another take would have to compute: prompt and what is written anew, and what is not written. */
   get #left(): JobSize {
     const { tokens, outputTokens } = this.#taken.held;
     const perSequence = Math.floor(this.#newTokens / this.#reasons.length);
     return {
-      tokens: Math.max(0, tokens - this.#newTokens),
+      tokens,
       outputTokens: Math.max(0, outputTokens - perSequence),
     };
   }

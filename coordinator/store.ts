@@ -37,6 +37,10 @@ export interface EngineBeat {
   readonly pace?: Pace;
   /** How much longer promised jobs ran than was reckoned; 1 if left out. */
   readonly slowness?: number;
+  /** How much more of its time work took than was reckoned; 1 if left out. */
+  readonly overhead?: number;
+  /** Rows that its steps have at most, as it has learned. */
+  readonly stepRows?: number;
 }
 
 export interface RedisHealth {

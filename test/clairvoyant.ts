@@ -6,8 +6,11 @@ import type { Arrival, World } from './traffic-simulator.js';
  * Tokens of the jobs with deadlines that an EDF accepts which knows what every job costs, and gives the engine to nothing
  * else: as a fluid, so that it is a little better than any engine.
  */
-export function clairvoyantTokens(arrivals: readonly Arrival[], { pace, slots }: World): number {
-  const power: Power = { engines: 1, slots, pace, slowness: 1 };
+export function clairvoyantTokens(
+  arrivals: readonly Arrival[],
+  { pace, slots, maxStepRows }: World,
+): number {
+  const power: Power = { engines: 1, slots, stepRows: maxStepRows, pace, slowness: 1, overhead: 1 };
   /** By deadline. */
   let open: { deadlineMs: number; leftMs: number }[] = [];
   let tokens = 0;

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
-import { RankEngine, type StepFigures } from '../coordinator/engine.js';
+import { RankEngine } from '../coordinator/engine.js';
+import type { StepFigures } from '../coordinator/step-figures.js';
 import type { Request } from '../coordinator/request.js';
 import { planStep, type Schedulable } from '../coordinator/scheduler.js';
 import { embeddedModelPath } from '../model/checkpoint.js';

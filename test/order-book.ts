@@ -1,5 +1,5 @@
 /** The order's sorted sets in memory, as the scripts of queue-order keep them in Redis: for tests of what is chosen. */
-import { compareJobs, type Choice, type OrderView, type QueuedJob } from '../coordinator/order.js';
+import { laneOf, type Choice, type OrderView, type QueuedJob } from '../coordinator/order.js';
 
 export class OrderBook {
   /** By tenant, in the order of `compareJobs`. */
@@ -7,6 +7,8 @@ export class OrderBook {
   /** Promised jobs, by latest start; all jobs, by age. */
   readonly #due: QueuedJob[] = [];
   readonly #ages: QueuedJob[] = [];
+  /** See `OrderView`. */
+  pressedFromMs = Infinity;
   readonly #served = new Map<string, number>();
   #floor = 0;
   #turn = 0;
@@ -18,7 +20,7 @@ export class OrderBook {
   add(job: QueuedJob): void {
     const lane = this.#lanes.get(job.tenant) ?? [];
     this.#lanes.set(job.tenant, lane);
-    insert(lane, job, compareJobs);
+    insert(lane, job, byLane);
     insert(this.#ages, job, byAge);
     if (job.latestStartMs !== null) insert(this.#due, job, byLatestStart);
   }
@@ -32,6 +34,8 @@ export class OrderBook {
     return {
       heads: [...this.#lanes.values()].flatMap(([head]) => (head === undefined ? [] : [head])),
       due,
+      nextDue: this.#due[0] ?? null,
+      pressedFromMs: this.pressedFromMs,
       oldest: this.#ages[0] ?? null,
       served: this.#served,
       floor: this.#floor,
@@ -39,13 +43,8 @@ export class OrderBook {
     };
   }
 
-  /** When the next promised job must start; Infinity for none. */
-  get nextDueMs(): number {
-    return this.#due[0]?.latestStartMs ?? Infinity;
-  }
-
   take({ job, start, charge, floor }: Choice): void {
-    remove(this.#lanes.get(job.tenant)!, job, compareJobs);
+    remove(this.#lanes.get(job.tenant)!, job, byLane);
     remove(this.#ages, job, byAge);
     if (job.latestStartMs !== null) remove(this.#due, job, byLatestStart);
     this.#served.set(job.tenant, Math.max(this.#served.get(job.tenant) ?? 0, start) + charge);
@@ -59,9 +58,24 @@ export class OrderBook {
   }
 }
 
-const byAge = (a: QueuedJob, b: QueuedJob): number => a.queuedMs - b.queuedMs || compareJobs(a, b);
+/** Texts of jobs by which they are sorted, made once. */
+const lanes = new WeakMap<QueuedJob, string>();
+
+function knownLane(job: QueuedJob): string {
+  const lane = lanes.get(job) ?? laneOf(job);
+  lanes.set(job, lane);
+  return lane;
+}
+
+/** As `compareJobs` says. */
+function byLane(a: QueuedJob, b: QueuedJob): number {
+  const [one, other] = [knownLane(a), knownLane(b)];
+  return one < other ? -1 : one > other ? 1 : 0;
+}
+
+const byAge = (a: QueuedJob, b: QueuedJob): number => a.queuedMs - b.queuedMs || byLane(a, b);
 const byLatestStart = (a: QueuedJob, b: QueuedJob): number =>
-  a.latestStartMs! - b.latestStartMs! || compareJobs(a, b);
+  a.latestStartMs! - b.latestStartMs! || byLane(a, b);
 
 type Compare = (a: QueuedJob, b: QueuedJob) => number;
 

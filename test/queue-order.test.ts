@@ -55,6 +55,9 @@ async function takeAll(taker: JobTaker, count: number): Promise<string[]> {
   return ids;
 }
 
+const sumOf = <K extends string>(all: readonly Readonly<Record<K, number>>[], key: K): number =>
+  all.reduce((sum, each) => sum + each[key], 0);
+
 /** Nothing is left of a model's jobs but what tenants were served. */
 async function leavesNothing(model: string): Promise<void> {
   const keys = await raw.keys(`caravan:order:${queueName(model)}:*`);
@@ -277,4 +280,56 @@ void test('a tenant pays for what its jobs used, not for what they might have', 
     await job.finish(false, job.held.tenant === 'short' ? 75 : 0);
   }
   assert.equal(order.filter((tenant) => tenant === 'short').length, 4);
+});
+
+void test('what is promised and waits is known by when it must start, and gone when it is taken', async (context) => {
+  const { startTaker, queue } = open(context, 'promised');
+  const nowMs = Date.now();
+  const deadlineMs = nowMs + 40 * 86_400_000;
+  // From a minute ago to ten days: every kind of span.
+  const startsIn = [-60, 0.3, 5, 200, 280, 290, 2_000, 2_100, 30_000, 864_000];
+  let [tokens, outputTokens] = [0, 0];
+  for (const [i, seconds] of startsIn.entries()) {
+    const latestStartMs = nowMs + 1000 * seconds;
+    const own = { tokens: 100 + 10 ** (i % 5), outputTokens: 50 + i };
+    await queue.submit(`p${i}`, { priority: 100, deadlineMs, latestStartMs }, own);
+    await queue.submit(`other${i}`, { priority: 1, deadlineMs }, own);
+    tokens += own.tokens;
+    outputTokens += own.outputTokens;
+    const { promised } = await queue.stand();
+    assert.equal(sumOf(promised, 'tokens'), tokens, `${seconds} s`);
+    assert.equal(sumOf(promised, 'outputTokens'), outputTokens, `${seconds} s`);
+    const isThere = promised.some(
+      ({ firstStartMs, lastStartMs }) =>
+        firstStartMs <= latestStartMs && latestStartMs < lastStartMs,
+    );
+    assert.ok(isThere, `${seconds} s`);
+  }
+  for (const [i, each] of (await queue.stand()).promised.entries()) {
+    const before = (await queue.stand()).promised[i - 1];
+    assert.ok(before === undefined || before.lastStartMs <= each.firstStartMs, 'in order');
+  }
+  const taker = startTaker();
+  const first = await taken(taker);
+  assert.equal(first.id, 'p0', 'it must start now');
+  const { promised } = await queue.stand();
+  assert.equal(promised.filter(({ sinceMs }) => sinceMs !== null).length, 1, 'it runs');
+  assert.equal(sumOf(promised, 'tokens'), tokens);
+  await first.giveBack({ tokens: 70, outputTokens: 7 }, true);
+  assert.equal(sumOf((await queue.stand()).promised, 'tokens'), tokens - 101 + 70);
+  await takeAll(taker, 2 * startsIn.length);
+  await leavesNothing('promised');
+});
+
+void test('while promises need all the time, the promised job that must start next is taken first', async (context) => {
+  const { startTaker, add, queue } = open(context, 'pressed');
+  const startMs = Date.now() + 3_600_000;
+  await add('urgent', { priority: 1 });
+  const terms = { priority: 100, deadlineMs: startMs + 2000 };
+  await queue.submit('later', { ...terms, latestStartMs: startMs + 1000 }, size);
+  assert.equal((await startTaker().choose())?.job.id, 'urgent');
+  const next = { priority: 100, deadlineMs: startMs + 5000, latestStartMs: startMs };
+  await queue.reserve('next', next, size, { pressedFromMs: Date.now() - 1 });
+  await queue.add('next', next);
+  assert.deepEqual(await takeAll(startTaker(), 3), ['next', 'later', 'urgent']);
 });

@@ -1,11 +1,7 @@
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
-import {
-  RankEngine,
-  type EngineOptions,
-  type SequenceSink,
-  type StepFigures,
-} from '../coordinator/engine.js';
+import { RankEngine, type EngineOptions, type SequenceSink } from '../coordinator/engine.js';
+import type { StepFigures } from '../coordinator/step-figures.js';
 import { PromptLookup } from '../coordinator/prompt-lookup.js';
 import type { LogitAdjustment, Request } from '../coordinator/request.js';
 import { chooseDrafts, MAX_DRAFT, StepCosts, type Guesser } from '../coordinator/speculation.js';

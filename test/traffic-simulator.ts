@@ -7,7 +7,7 @@ import {
   runMs,
   Slowness,
   type Power,
-  type PromisedJob,
+  type PromisedWork,
   type Stand,
 } from '../coordinator/admission.js';
 import {
@@ -17,6 +17,7 @@ import {
   type HeldJob,
   type QueuedJob,
 } from '../coordinator/order.js';
+import { Overhead } from '../coordinator/overhead.js';
 import { SteadyPace, type Pace } from '../coordinator/pace.js';
 import { planStep } from '../coordinator/scheduler.js';
 import { clairvoyantTokens } from './clairvoyant.js';
@@ -43,6 +44,8 @@ export interface World {
   readonly readingError: number;
   /** All readings are off by this share. */
   readonly bias: number;
+  /** What is reckoned for a job is off by up to this share, for each job anew: admission hears of another size. */
+  readonly jobError: number;
   readonly agedAfterMs: number;
   readonly seed: number;
 }
@@ -67,6 +70,7 @@ export interface Outcome {
   readonly busyShare: number;
   readonly endMs: number;
   readonly slowness: number;
+  readonly overhead: number;
 }
 
 const READING_EVERY_MS = 2_000;
@@ -99,9 +103,10 @@ class Simulation {
   readonly #book = new OrderBook();
   readonly #steady = new SteadyPace();
   readonly #slowness = new Slowness();
+  readonly #overhead: Overhead;
   readonly #jobs = new Map<string, SimulatedJob>();
-  readonly #promised = new Map<string, PromisedJob>();
-  /** Ids of the same, by deadline. */
+  readonly #promised = new Map<string, PromisedWork>();
+  /** Ids of the same, by latest start. */
   readonly #promisedIds: string[] = [];
   readonly #freeSlots: number[];
   #running: RunningJob[] = [];
@@ -128,6 +133,7 @@ class Simulation {
     this.#arrivals = arrivals;
     this.#world = world;
     this.#random = new Random(world.seed);
+    this.#overhead = new Overhead(world.slots);
     this.#freeSlots = Array.from({ length: world.slots }, (_, i) => i);
     this.#recentStepMs = world.pace.stepMs + world.pace.rowMs;
     for (const { tenant, weight } of arrivals) this.#tenantWeights.set(tenant, weight);
@@ -170,12 +176,18 @@ class Simulation {
   }
 
   #power(slowness: number): Power {
-    return { engines: 1, slots: this.#world.slots, pace: this.#steady.pace!, slowness };
+    const { slots, maxStepRows: stepRows } = this.#world;
+    const overhead = this.#overhead.factor;
+    return { engines: 1, slots, stepRows, pace: this.#steady.pace!, slowness, overhead };
   }
 
   #submit(arrival: Arrival, number: number): void {
     const { promptTokens, outputTokens, priority, deadlineAfterMs } = arrival;
-    const size = { tokens: promptTokens + outputTokens, outputTokens };
+    const off = 1 + this.#world.jobError * (2 * this.#random.next() - 1);
+    const size = {
+      tokens: Math.ceil(off * (promptTokens + outputTokens)),
+      outputTokens: Math.ceil(off * outputTokens),
+    };
     const deadlineMs = deadlineAfterMs === null ? null : arrival.atMs + deadlineAfterMs;
     let latestStartMs: number | null = null;
     if (deadlineMs !== null) {
@@ -185,7 +197,8 @@ class Simulation {
         return;
       }
       ({ latestStartMs } = verdict);
-      this.#acceptedTokens += size.tokens;
+      this.#book.pressedFromMs = verdict.pressedFromMs;
+      this.#acceptedTokens += promptTokens + outputTokens;
     }
     this.#accepted += 1;
     const id = `job-${String(number).padStart(6, '0')}`;
@@ -196,10 +209,12 @@ class Simulation {
     };
     const reckonedMs = runMs(size, this.#power(1), true);
     this.#jobs.set(id, { arrival, queued, reckonedMs, generated: 0 });
-    if (deadlineMs !== null) {
-      this.#promised.set(id, { ...size, deadlineMs, sinceMs: null });
+    if (latestStartMs !== null) {
+      const start = latestStartMs;
+      const starts = { firstStartMs: start, lastStartMs: start };
+      this.#promised.set(id, { ...size, ...starts, sinceMs: null });
       const later = this.#promisedIds.findIndex(
-        (other) => this.#promised.get(other)!.deadlineMs > deadlineMs,
+        (other) => this.#promised.get(other)!.firstStartMs > start,
       );
       this.#promisedIds.splice(later === -1 ? this.#promisedIds.length : later, 0, id);
     }
@@ -273,11 +288,12 @@ class Simulation {
     const done = job.generated - this.#jobs.get(job.held.id)!.generated;
     const queued: QueuedJob = {
       ...job.queued,
-      tokens: tokens - done,
-      outputTokens: outputTokens - done,
+      // What it has written is fed again, like its prompt.
+      tokens,
+      outputTokens: Math.max(1, outputTokens - done),
       preemptions: preemptions + 1,
     };
-    this.#book.refund(job.held, tokens - done);
+    this.#book.refund(job.held, tokens);
     this.#jobs.set(queued.id, { ...job, queued, generated: job.generated });
     const promise = this.#promised.get(queued.id);
     if (promise !== undefined) this.#promised.set(queued.id, { ...promise, sinceMs: null });
@@ -299,6 +315,12 @@ class Simulation {
     const plan = planStep(this.#running, { tokenBudget: maxStepRows, maxChunkTokens: maxStepRows });
     const rows = plan.decodes.length + plan.chunks.reduce((sum, { count }) => sum + count, 0);
     const stepMs = pace.stepMs + pace.rowMs * rows;
+    const ended = plan.chunks.filter(({ sequence, count }) => sequence.prefillLeft === count);
+    const decodes = plan.decodes.length + ended.length;
+    const isFull = this.#freeSlots.length === 0;
+    const promptRows = rows - plan.decodes.length;
+    const seen = { rows, promptRows, decodes, stepRows: maxStepRows, isFull, wallMs: stepMs };
+    this.#overhead.add(seen, this.#steady.pace!);
     this.#nowMs += stepMs;
     this.#busyMs += stepMs;
     this.#recentStepMs += 0.02 * (stepMs - this.#recentStepMs);
@@ -350,6 +372,7 @@ class Simulation {
       busyShare: this.#busyMs / this.#nowMs,
       endMs: this.#nowMs,
       slowness: this.#slowness.factor,
+      overhead: this.#overhead.factor,
     };
   }
 

@@ -5,7 +5,8 @@
  *
  * Prints milliseconds a step of each, and what of it compiling and telling masks took.
  */
-import { RankEngine, type StepFigures } from '../../coordinator/engine.js';
+import { RankEngine } from '../../coordinator/engine.js';
+import type { StepFigures } from '../../coordinator/step-figures.js';
 import { GrammarCache, type GrammarSpec } from '../../coordinator/grammar.js';
 import { withLocalGroup } from '../../coordinator/local-group.js';
 import { openModelChat } from '../../coordinator/model-tokenizer.js';

@@ -8,7 +8,8 @@
  */
 import fs from 'node:fs';
 import { parseArgs } from 'node:util';
-import { RankEngine, type StepFigures } from '../../coordinator/engine.js';
+import { RankEngine } from '../../coordinator/engine.js';
+import type { StepFigures } from '../../coordinator/step-figures.js';
 import { openModelChat } from '../../coordinator/model-tokenizer.js';
 import type { Config } from '../../coordinator/config.js';
 import { RankPool } from '../rank-pool.js';
