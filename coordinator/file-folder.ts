@@ -2,6 +2,7 @@
 import { randomBytes } from 'node:crypto';
 import fs from 'node:fs/promises';
 import path from 'node:path';
+import { makeFolder } from '../model/folder.js';
 import { CaravanError } from '../proto/errors.js';
 import { storageError, type FileStorage, type StoredObject } from './file-storage.js';
 
@@ -23,7 +24,7 @@ export class FileFolder implements FileStorage {
     const file = this.#pathOf(key);
     const partial = `${file}.${randomBytes(6).toString('hex')}${PARTIAL}`;
     const open = async (): Promise<fs.FileHandle> => {
-      await fs.mkdir(path.dirname(file), { recursive: true });
+      makeFolder(path.dirname(file));
       return fs.open(partial, 'wx');
     };
     const handle = await this.#call(open);

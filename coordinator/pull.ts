@@ -10,6 +10,7 @@ import {
   type HubSource,
   type PullManifest,
 } from '../model/hub-folder.js';
+import { makeFolder } from '../model/folder.js';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import { isFileSound, spellChecksum } from './checksum.js';
 import { download, type DownloadOptions } from './download.js';
@@ -89,7 +90,7 @@ export async function intoFolder(
   work: (fetchAll: FetchAll) => Promise<Whole>,
 ): Promise<Pulled> {
   try {
-    await fs.promises.mkdir(folder, { recursive: true });
+    makeFolder(folder);
   } catch (cause) {
     throw new CaravanError(
       'bad_usage',

@@ -3,6 +3,7 @@ import fs from 'node:fs';
 import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
+import { makeFolder } from '../model/folder.js';
 import { CaravanError } from '../proto/errors.js';
 
 /** Where a user's programs keep their data. */
@@ -18,7 +19,7 @@ export function defaultStateFolder(env: NodeJS.ProcessEnv): string {
  */
 export async function holdStateFolder(folder: string): Promise<void> {
   try {
-    fs.mkdirSync(folder, { recursive: true });
+    makeFolder(folder);
     fs.accessSync(folder, fs.constants.W_OK);
   } catch (cause) {
     throw new CaravanError('bad_usage', `--state-dir ${folder}: cannot be written`, { cause });

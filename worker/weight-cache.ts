@@ -9,6 +9,7 @@ import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { checkpointName, locateSlice, type Checkpoint } from '../model/checkpoint.js';
+import { makeFolder } from '../model/folder.js';
 import { planRanks, listSlices, slicesOf, type RankPlan } from '../model/plan.js';
 import {
   cacheFileName,
@@ -107,7 +108,7 @@ export class WeightCache {
     if (this.fault !== null) return null;
     const needed = `${gigabytes(this.#byteCount)} of weights`;
     try {
-      fs.mkdirSync(this.#folder, { recursive: true });
+      makeFolder(this.#folder);
       if (!makeRoom(this.#folder, this.#byteCount, this.#maxBytes, this.#owner.digest)) {
         this.#refuseForRoom();
         return null;

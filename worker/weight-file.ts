@@ -15,6 +15,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';
 import { z } from 'zod';
+import { makeFolder } from '../model/folder.js';
 import { unfinishedName } from '../model/weight-cache-folder.js';
 import { CaravanError } from '../proto/errors.js';
 import { MappedFile } from './mapped-file.js';
@@ -194,7 +195,7 @@ export class WeightFileWriter {
 
   /** Makes the folder where it is missing. @throws the error of the file system. */
   static async create(file: string): Promise<WeightFileWriter> {
-    fs.mkdirSync(path.dirname(file), { recursive: true });
+    makeFolder(path.dirname(file));
     const unfinished = unfinishedName(file);
     const handle = await fs.promises.open(unfinished, 'wx', 0o600);
     return new WeightFileWriter(file, unfinished, handle);
