@@ -41,8 +41,8 @@ export const TOKENIZER_FILES: readonly string[] = [
   'config.json',
 ];
 
-const tokenIds = z.union([z.number().int(), z.array(z.number().int())]).nullish();
-const idFile = z.object({ bos_token_id: tokenIds, eos_token_id: tokenIds });
+const tokenId = z.number().int().nonnegative();
+const tokenIds = z.union([tokenId, z.array(tokenId)]).nullish();
 const bosFile = z.object({
   add_bos_token: z.boolean().nullish(),
   tokenizer_class: z.string().nullish(),
@@ -124,9 +124,14 @@ function idsOf(
   for (const name of ['generation_config.json', 'config.json']) {
     const bytes = files.get(name);
     if (bytes === undefined) continue;
-    const parsed = idFile.safeParse(readJson(bytes, name));
-    const ids = parsed.data?.[key];
-    if (ids != null) return Array.isArray(ids) ? ids : [ids];
+    const json = readJson(bytes, name) as Readonly<Record<string, unknown>> | null;
+    const { success, data } = tokenIds.safeParse(json?.[key]);
+    if (!success) {
+      const rule = 'must be the id of a token, or a list of them';
+      throw new CaravanError('invalid_checkpoint', `${name}: ${key}: ${rule}`);
+    }
+    const ids = [data ?? []].flat();
+    if (ids.length > 0) return ids;
   }
   return undefined;
 }

@@ -53,7 +53,9 @@ function distanceFromOthers(activations: Activations): number {
 void test('activations of 16 bits keep what 8 bits lose beside an outlier', (t) => {
   const [coarse, fine] = [distanceFromOthers('coarse'), distanceFromOthers('fine')];
   t.diagnostic(`error of the other channels' share: ${coarse.toFixed(3)}, fine ${fine.toFixed(3)}`);
-  assert.ok(coarse > 0.5, 'the outlier is one that 8 bits cannot bear');
+  // Where bytes have 7 bits, both are fine.
+  if (kernels.byteLevels === 63) assert.ok(coarse < 0.4, String(coarse));
+  else assert.ok(coarse > 0.5, 'the outlier is one that 8 bits cannot bear');
   // Two products of 8 bits keep 16; two of 7, where products of 8 would overflow, keep 14.
   assert.ok(fine < (kernels.byteLevels === 127 ? 0.2 : 0.4), String(fine));
 });

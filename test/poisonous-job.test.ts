@@ -19,7 +19,7 @@ const MODEL = 'caravan-tiny';
 /** What the coordinator said of jobs, in order. */
 const said: LogLine[] = [];
 const world = await ChaosWorld.start(
-  { engines: 1, gateways: 0, tp: 1, maxBatchSize: 4, more: ['--job-lock', '2'] },
+  { engines: 1, gateways: 0, tp: 1, maxBatchSize: 4 },
   (line) => {
     if (line.job !== undefined) said.push(line);
   },

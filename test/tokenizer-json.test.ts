@@ -83,6 +83,16 @@ void test('EOS is what generation_config.json says, a list included, else config
   const named = open({ 'tokenizer_config.json': { eos_token: { content: '<|eot_id|>' } } });
   assert.deepEqual(named.eosTokenIds, [turn]);
   assert.deepEqual(open({}).eosTokenIds, [end]);
+  const none = { eos_token_id: [] };
+  assert.deepEqual(open({ 'generation_config.json': none, 'config.json': config }).eosTokenIds, [
+    end,
+  ]);
+  for (const wrong of [-1, 'two', 1.5, [end, -1], { id: 2 }]) {
+    assert.throws(
+      () => open({ 'generation_config.json': { eos_token_id: wrong }, 'config.json': config }),
+      /^CaravanError: generation_config\.json: eos_token_id: must be the id of a token, or a list/,
+    );
+  }
 });
 
 void test('BOS stands before a text when the checkpoint says so', () => {

@@ -23,7 +23,7 @@ const TP = isLong ? 2 : 1;
 const ROUNDS = isLong ? 4 : 0;
 const TIMEOUT_MS = 120_000;
 /** Jobs of a frozen engine move sooner. */
-const args = ['--job-lock', '2'];
+const args = ['--job-lock', '3'];
 const terms = { priority: 100, deadlineMs: null };
 
 const redis = await startRedis();

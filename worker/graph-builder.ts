@@ -36,7 +36,7 @@ export type Dimension = number | string;
 
 /**
  * Activations of 8 bits a row, or of 16 for twice the multiplications: where a row has one channel a thousand times
- * larger than the others, 8 bits leave nothing of these.
+ * larger than the others, 8 bits leave nothing of these. Where bytes of 7 bits are all there is, both are of 14.
  */
 export type Activations = 'coarse' | 'fine';
 
@@ -146,7 +146,8 @@ export class GraphBuilder {
         const w = this.weights(`${y}.weight`, matrix.values, [inputs, outputs]);
         const scales = this.weights(`${y}.scales`, matrix.scales, [outputs]);
         const unscaled = `${y}.unscaled`;
-        const isFine = activations === 'fine';
+        // In 7 bits even attention's outputs lose what a chat's answer hangs on.
+        const isFine = activations === 'fine' || this.#kernels.byteLevels === 63;
         const operand = isFine ? this.#quantizeRest(x) : quantized;
         const product = isFine ? `${y}.both` : unscaled;
         const operands = [operand, w, one, scales, zero];

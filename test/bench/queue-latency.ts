@@ -181,6 +181,7 @@ async function measure(): Promise<void> {
     for (const stop of engines) stop();
     const beforeBytes = await usedBytes();
     const startMs = clockMs();
+    const startCpu = process.cpuUsage();
     let next = 0;
     const work = async (): Promise<void> => {
       while (next < jobs) {
@@ -190,7 +191,11 @@ async function measure(): Promise<void> {
     };
     await Promise.all(Array.from({ length: Number(values.submitters) }, work));
     const seconds = (clockMs() - startMs) / 1000;
-    print(`${jobs} submits in ${seconds.toFixed(1)} s: ${(jobs / seconds).toFixed(0)}/s`);
+    const { user, system } = process.cpuUsage(startCpu);
+    const cpuMs = ((user + system) / 1000 / jobs).toFixed(2);
+    print(
+      `${jobs} submits in ${seconds.toFixed(1)} s: ${(jobs / seconds).toFixed(0)}/s, ${cpuMs} ms of processor time each`,
+    );
     const queuedBytes = await usedBytes();
     const perJob = (bytes: number): string => (bytes / jobs / 1024).toFixed(2);
     print(`Redis memory: ${perJob(queuedBytes - beforeBytes)} KB a job that waits`);
