@@ -155,9 +155,13 @@ export function planGroup(
     const ranks = planRanks(checkpoint.config, tp, forms.ffnGrid).map((plan) => ({
       plan,
       weightBytes: weightBytes(checkpoint.config, plan, forms),
-      kvBytes:
-        (kvBytes(checkpoint.config, plan, maxSeqLen, limits.maxBatchSize) / 4) *
+      kvBytes: kvBytes(
+        checkpoint.config,
+        plan,
+        maxSeqLen,
+        limits.maxBatchSize,
         kvElementBytes(device, weights, kv),
+      ),
     }));
     const spec: GroupSpec = {
       modelPath: checkpoint.path,

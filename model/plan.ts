@@ -190,13 +190,14 @@ export function listSlices(slices: RankSlices): TensorSlice[] {
   ];
 }
 
-/** Bytes of the float32 KV cache of one rank: keys and values of all layers and slots. */
+/** Bytes of the KV cache of one rank: keys and values of all layers and slots, in float32 if not told otherwise. */
 export function kvBytes(
   config: LlamaConfig,
   plan: RankPlan,
   maxSeqLen: number,
   maxBatchSize: number,
+  elementBytes = 4,
 ): number {
   const positions = maxSeqLen * maxBatchSize;
-  return 2 * config.layerCount * plan.kvHeads.count * config.headSize * positions * 4;
+  return 2 * config.layerCount * plan.kvHeads.count * config.headSize * positions * elementBytes;
 }

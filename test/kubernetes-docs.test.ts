@@ -40,7 +40,7 @@ const USABLE = 0.9;
 function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [number, number] {
   const forms = weightForms(config, tp, mode, false, 'cuda');
   const ranks = planRanks(config, tp, forms.ffnGrid).map((plan): [number, number] => {
-    const kv = kvBytes(config, plan, POSITIONS, SLOTS) * (kvElementBytes('cuda', mode, 'auto') / 4);
+    const kv = kvBytes(config, plan, POSITIONS, SLOTS, kvElementBytes('cuda', mode, 'auto'));
     return [weightBytes(config, plan, forms), kv];
   });
   return ranks.reduce((most, rank) => (rank[0] + rank[1] > most[0] + most[1] ? rank : most));

@@ -146,22 +146,24 @@ void test('what BullMQ would hand out unchosen waits for its turn', async (conte
   await leavesNothing('strays');
 });
 
+const requestOf = (model: string): Request => ({
+  version: 1,
+  model,
+  promptTokenIds: [1, 2, 3],
+  sampling: { temperature: 0, topP: 1, topK: 0, seed: 1 },
+  maxTokens: 4,
+  stop: [],
+  ignoreEos: true,
+  isTextStart: false,
+});
+
 void test('an engine that starts brings the order and BullMQ together', async (context) => {
   const { startTaker, add, bull, order, queue } = open(context, 'apart');
   const journal = await Journal.open(redis.url, 'patient');
   context.after(() => {
     journal.close();
   });
-  const request: Request = {
-    version: 1,
-    model: 'apart',
-    promptTokenIds: [1, 2, 3],
-    sampling: { temperature: 0, topP: 1, topK: 0, seed: 1 },
-    maxTokens: 4,
-    stop: [],
-    ignoreEos: true,
-    isTextStart: false,
-  };
+  const request = requestOf('apart');
   // In BullMQ alone: the journal knows its terms.
   const ours = newJobId();
   await journal.create(ours, request, { priority: 5, deadlineMs: null, tenant: 'acme' });
@@ -189,16 +191,7 @@ void test('what a death or a forgetful Redis leaves between the two is mended wh
   context.after(() => {
     journal.close();
   });
-  const request: Request = {
-    version: 1,
-    model: 'mended',
-    promptTokenIds: [1, 2, 3],
-    sampling: { temperature: 0, topP: 1, topK: 0, seed: 1 },
-    maxTokens: 4,
-    stop: [],
-    ignoreEos: true,
-    isTextStart: false,
-  };
+  const request = requestOf('mended');
   const terms = { priority: 100, deadlineMs: null };
   const addWritten = async (): Promise<string> => {
     const id = newJobId();

@@ -110,7 +110,7 @@ export class BoundDevice implements Device {
     const shape = deviceShape(this.kind, this.#device.provider, config, plan, forms);
     const kvElementBytes = shape.attention === elementType.float16 ? 2 : 4;
     const kvOf = ({ maxSeqLen, maxBatchSize }: GroupLimits): number =>
-      (kvBytes(config, plan, maxSeqLen, maxBatchSize) / 4) * kvElementBytes;
+      kvBytes(config, plan, maxSeqLen, maxBatchSize, kvElementBytes);
     // A head with the embedding's weights lies in the same place.
     const tiedBytes = config.isHeadTied
       ? formBytes(forms.head, plan.vocab.count, config.hiddenSize)

@@ -75,8 +75,8 @@ export class HostShard implements LoadedShard {
   }
 
   kvBytes({ maxSeqLen, maxBatchSize, kv }: GroupLimits): number {
-    const floats = kvBytes(this.config, this.plan, maxSeqLen, maxBatchSize);
-    return kv === KvForm.KV_FORM_INT8 ? floats / 4 : floats;
+    const elementBytes = kv === KvForm.KV_FORM_INT8 ? 1 : 4;
+    return kvBytes(this.config, this.plan, maxSeqLen, maxBatchSize, elementBytes);
   }
 
   openPass(limits: GroupLimits, allReduce: AllReduce): Promise<OpenPass> {
