@@ -35,10 +35,13 @@ export interface Graph {
 export type Dimension = number | string;
 
 /**
- * Activations of 8 bits a row, or of 16 for twice the multiplications: where a row has one channel a thousand times
- * larger than the others, 8 bits leave nothing of these. Where bytes of 7 bits are all there is, both are of 14.
+ * Activations of 8 bits a row; 'fine' ones of 16 in rows with an outlier, for twice the multiplications: where a row has
+ * one channel a thousand times larger than the others, 8 bits leave nothing of these.
  */
 export type Activations = 'coarse' | 'fine';
+
+/** A row has an outlier when a step of its bytes is larger than this part of the row's root mean square. */
+const LARGEST_STEP = 1 / 8;
 
 /** Activations in bytes are whole numbers from -levels to levels, around a zero point of levels + 1. */
 export type ByteLevels = 127 | 63;
@@ -57,6 +60,8 @@ export class GraphBuilder {
   readonly #weights: GraphWeight[] = [];
   /** Activations that are quantized already. */
   readonly #quantized = new Set<string>();
+  /** Of these, those whose outliers are quantized further. */
+  readonly #refined = new Set<string>();
   readonly #kernels: Kernels;
 
   /** @param kernels of graphs with weights of 8 bits; others may leave it out. */
@@ -148,17 +153,11 @@ export class GraphBuilder {
         const unscaled = `${y}.unscaled`;
         // In 7 bits even attention's outputs lose what a chat's answer hangs on.
         const isFine = activations === 'fine' || this.#kernels.byteLevels === 63;
-        const operand = isFine ? this.#quantizeRest(x) : quantized;
-        const product = isFine ? `${y}.both` : unscaled;
+        const operand = isFine ? this.#quantizeOutliers(x, inputs) : quantized;
+        const product = isFine ? `${y}.all` : unscaled;
         const operands = [operand, w, one, scales, zero];
         this.node('MatMulIntegerToFloat', operands, [product], [], MICROSOFT);
-        if (isFine) {
-          const [coarse, fine, rest] = [`${y}.coarse`, `${y}.fine`, `${y}.rest`];
-          const halves = [int('axis', 1), int('num_outputs', 2)];
-          this.node('Split', [product], [coarse, fine], halves);
-          this.node('Mul', [fine, 'quantized.restStep'], [rest]);
-          this.node('Add', [coarse, rest], [unscaled]);
-        }
+        if (isFine) this.#addOutliers(x, product, unscaled);
         this.node('Mul', [unscaled, rowScales], [y]);
         return;
       }
@@ -214,21 +213,62 @@ export class GraphBuilder {
   }
 
   /**
-   * What is left of x once `#quantizeRows` has rounded it, in 8 bits of a 254th (7 bits of a 126th) of the row's
-   * scale, below what was rounded: (1, 2 × rows, inputs). Together they are x in 16 bits, for twice the multiplications.
+   * The rows of x as `#quantizeRows` has rounded them, and after them what is left of the rows with an outlier, in bytes
+   * of a 254th (a 126th where `byteLevels` is 63) of the row's scale: (1, rows + outliers, inputs). Whether a row has
+   * one depends on the row alone.
    */
-  #quantizeRest(x: string): string {
+  #quantizeOutliers(x: string, inputs: number): string {
     const part = (name: string): string => `${x}.${name}`;
-    this.constant('quantized.restStep', Float32Array.of(0.5 / this.#kernels.byteLevels), []);
-    const rounded = [part('quantized'), part('scales'), part('zeros')];
+    const all = part('all');
+    if (this.#refined.has(x)) return all;
+    if (this.#refined.size === 0) {
+      this.constant('quantized.restStep', Float32Array.of(0.5 / this.#kernels.byteLevels), []);
+      this.integers('quantized.firstRow', [0]);
+      this.integers('quantized.batchAxis', [0]);
+    }
+    this.#refined.add(x);
+    // Scales are steps already; √inputs turns a norm into a root mean square.
+    const bound = Float32Array.of(LARGEST_STEP / Math.sqrt(inputs));
+    const norms = [x, 'quantized.widthAxes'];
+    this.node('ReduceL2', norms, [part('norms')], [int('keepdims', 0)]);
+    this.node('Mul', [part('norms'), this.constant(part('bound'), bound, [])], [part('bounds')]);
+    this.node('Greater', [part('scales'), part('bounds')], [part('isOutlier')]);
+    this.node('NonZero', [part('isOutlier')], [part('found')]);
+    this.node('Squeeze', [part('found'), 'quantized.batchAxis'], [part('outliers')]);
+    const outliersOf = (name: string, axis: number): string => {
+      const gathered = `${name}.ofOutliers`;
+      this.node('Gather', [name, part('outliers')], [gathered], [int('axis', axis)]);
+      return gathered;
+    };
+    const [scales, zeros] = [outliersOf(part('scales'), 0), outliersOf(part('zeros'), 0)];
+    const rounded = [outliersOf(part('quantized'), 1), scales, zeros];
     this.node('DequantizeLinear', rounded, [part('rounded')], [int('axis', 1)]);
-    this.node('Sub', [x, part('rounded')], [part('rest')]);
-    this.node('Mul', [part('scales'), 'quantized.restStep'], [part('restScales')]);
-    const rest = [part('rest'), part('restScales'), part('zeros')];
+    this.node('Sub', [outliersOf(x, 1), part('rounded')], [part('rest')]);
+    this.node('Mul', [scales, 'quantized.restStep'], [part('restScales')]);
+    const rest = [part('rest'), part('restScales'), zeros];
     this.node('QuantizeLinear', rest, [part('restQuantized')], [int('axis', 1)]);
-    const both = [part('quantized'), part('restQuantized')];
-    this.node('Concat', both, [part('both')], [int('axis', 1)]);
-    return part('both');
+    this.node('Concat', [part('quantized'), part('restQuantized')], [all], [int('axis', 1)]);
+    this.node('Shape', [all], [part('allCount')], [int('start', 1), int('end', 2)]);
+    // (outliers, 1), as ScatterND takes them.
+    this.node('Transpose', [part('found')], [part('places')]);
+    return all;
+  }
+
+  /** Adds the products of what was left of outliers, the last rows of `product`, to their rows, the first. */
+  #addOutliers(x: string, product: string, sum: string): void {
+    const [rowCount, allCount] = [`${x}.rowCount`, `${x}.allCount`];
+    const rowsOf = (name: string, first: string, end: string): string => {
+      const [rows, flat] = [`${product}.${name}`, `${product}.${name}.flat`];
+      this.node('Slice', [product, first, end, 'quantized.lastAxis'], [rows]);
+      this.node('Squeeze', [rows, 'quantized.batchAxis'], [flat]);
+      return flat;
+    };
+    const coarse = rowsOf('coarse', 'quantized.firstRow', rowCount);
+    const fine = rowsOf('fine', rowCount, allCount);
+    this.node('Mul', [fine, 'quantized.restStep'], [`${fine}.scaled`]);
+    const scattered = [coarse, `${x}.places`, `${fine}.scaled`];
+    this.node('ScatterND', scattered, [`${sum}.flat`], [text('reduction', 'add')]);
+    this.node('Unsqueeze', [`${sum}.flat`, 'quantized.batchAxis'], [sum]);
   }
 
   /** The sum of all ranks' partials, in rank order. */
