@@ -3,8 +3,9 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { GraphBuilder, type Activations } from '../worker/graph-builder.js';
 import { KernelProbe } from '../worker/kernel-probe.js';
-import { linearWriter } from '../worker/linear.js';
+import { emptyLinear } from '../worker/linear.js';
 import { elementType, Ort } from '../worker/ort.js';
+import { Quantizer } from '../worker/quantizer.js';
 import { Random } from './random.js';
 
 const [outputs, inputs] = [48, 256];
@@ -12,16 +13,17 @@ const random = new Random(3);
 const weights = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.5);
 const ort = new Ort(1);
 const kernels = new KernelProbe(ort);
+const quantizer = new Quantizer(ort);
 
 /** (rows, outputs) of rows · weightsᵀ. */
 function multiply(rows: readonly (readonly number[])[], activations: Activations): number[] {
-  const writer = linearWriter({ kind: 'int8' }, outputs, inputs, {
+  const matrix = emptyLinear({ kind: 'int8' }, outputs, inputs, {
     take: (n) => new ArrayBuffer(n),
   });
-  writer.write(weights, 0, outputs);
+  quantizer.write(matrix, weights, 0, outputs);
   const graph = new GraphBuilder(kernels);
   graph.input('x', elementType.float32, [1, 'rows', inputs]);
-  graph.linear('x', writer.linear, 'y', activations);
+  graph.linear('x', matrix, 'y', activations);
   graph.output('y', elementType.float32, [1, 'rows', outputs]);
   const session = ort.createSession(graph.finish());
   const x = ort.tensor(Float32Array.from(rows.flat()), [1, rows.length, inputs]);
@@ -60,9 +62,15 @@ void test('activations of 16 bits keep what 8 bits lose beside an outlier', (t) 
   assert.ok(fine < (kernels.byteLevels === 127 ? 0.2 : 0.4), String(fine));
 });
 
-void test('activations of 16 bits give a row the same bits beside any others', () => {
-  const rows = [row(2000), row(0.1), row(-30), Array.from({ length: inputs }, () => 0)];
+void test('a row has the same bits beside rows with and without an outlier, and alone', () => {
+  const zeros = Array.from({ length: inputs }, () => 0);
+  const rows = [row(2000), row(0.1), row(-30), zeros, row(0.2), row(-900)];
   const together = multiply(rows, 'fine');
-  const alone = rows.flatMap((one) => multiply([one], 'fine'));
-  assert.deepEqual(together, alone);
+  for (let first = 0; first < rows.length; first += 1) {
+    for (let end = first + 1; end <= rows.length; end += 1) {
+      const some = multiply(rows.slice(first, end), 'fine');
+      assert.deepEqual(some, together.slice(first * outputs, end * outputs), `${first} to ${end}`);
+    }
+  }
+  assert.ok(together.slice(3 * outputs, 4 * outputs).every((value) => value === 0));
 });

@@ -13,7 +13,9 @@ import type { LlamaConfig } from '../model/config.js';
 import { legalTps, planRanks } from '../model/plan.js';
 import { weightForms, type WeightForm, type WeightsMode } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
-import { linearWriter } from '../worker/linear.js';
+import { emptyLinear, type Linear } from '../worker/linear.js';
+import { Ort } from '../worker/ort.js';
+import { Quantizer } from '../worker/quantizer.js';
 import { largeConfig } from './large-config.js';
 import { Random } from './random.js';
 import { writeRandomCheckpoint } from './random-checkpoint.js';
@@ -21,13 +23,14 @@ import { RankPool } from './rank-pool.js';
 
 const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'caravan-weights-'));
 const pool = new RankPool();
+const quantizer = new Quantizer(new Ort(1));
 after(async () => {
   await pool.stop();
   fs.rmSync(scratch, { recursive: true, force: true });
 });
 
 /** The weight (output, input) that a matrix stands for. */
-function valueOf(linear: ReturnType<typeof linearWriter>['linear'], output: number, input: number) {
+function valueOf(linear: Linear, output: number, input: number) {
   switch (linear.kind) {
     case 'fp32':
       return linear.values[output * linear.inputs + input]!;
@@ -59,14 +62,14 @@ for (const form of forms) {
     const [outputs, inputs] = [77, 256];
     const rows = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.3);
     rows.fill(0, 3 * inputs, 4 * inputs);
-    const writer = linearWriter(form, outputs, inputs, { take: (n) => new ArrayBuffer(n) });
+    const matrix = emptyLinear(form, outputs, inputs, { take: (n) => new ArrayBuffer(n) });
     // Rows come some at a time.
     for (const [first, count] of [
       [0, 5],
       [5, 40],
       [45, 32],
     ] as const) {
-      writer.write(rows.subarray(first * inputs), first, count);
+      quantizer.write(matrix, rows.subarray(first * inputs), first, count);
     }
     const block = form.kind === 'int4' ? form.block : inputs;
     // Half a step. With 4 bits a step is an eighth of the largest, and zero may lie half a step off, or the weight
@@ -78,9 +81,7 @@ for (const form of forms) {
         const largest = rows
           .subarray(start, start + block)
           .reduce((m, x) => Math.max(m, Math.abs(x)), 0);
-        const error = Math.abs(
-          valueOf(writer.linear, output, input) - rows[output * inputs + input]!,
-        );
+        const error = Math.abs(valueOf(matrix, output, input) - rows[output * inputs + input]!);
         assert.ok(error <= steps * largest * 1.0001, `${output}, ${input}: off by ${error}`);
       }
     }
@@ -150,21 +151,21 @@ void test('a rank that holds some columns holds the same 4-bit weights as one th
   const [outputs, inputs] = [6, 768];
   const rows = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.5);
   const take = (n: number) => new ArrayBuffer(n);
-  const whole = linearWriter({ kind: 'int4', block: 128 }, outputs, inputs, { take });
-  whole.write(rows, 0, outputs);
+  const whole = emptyLinear({ kind: 'int4', block: 128 }, outputs, inputs, { take });
+  quantizer.write(whole, rows, 0, outputs);
   for (const tp of [2, 3]) {
     const shape = { ...config, ffnSize: inputs };
     const { ffnGrid, variants } = weightForms(shape, tp, 'int4', false);
     for (const { ffn } of planRanks(shape, tp, ffnGrid)) {
-      const part = linearWriter(variants[0]!.down, outputs, ffn.count, { take });
+      const part = emptyLinear(variants[0]!.down, outputs, ffn.count, { take });
       for (let output = 0; output < outputs; output += 1) {
         const from = output * inputs + ffn.start;
-        part.write(rows.subarray(from, from + ffn.count), output, 1);
+        quantizer.write(part, rows.subarray(from, from + ffn.count), output, 1);
       }
       for (let output = 0; output < outputs; output += 1) {
         for (let input = 0; input < ffn.count; input += 1) {
-          const value = valueOf(part.linear, output, input);
-          assert.equal(value, valueOf(whole.linear, output, ffn.start + input));
+          const value = valueOf(part, output, input);
+          assert.equal(value, valueOf(whole, output, ffn.start + input));
         }
       }
     }

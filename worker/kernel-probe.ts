@@ -3,9 +3,10 @@
  * small session, once for each question, and only when it is asked.
  */
 import { GraphBuilder, type ByteLevels, type Graph } from './graph-builder.js';
-import { arraysOf, linearWriter, type Linear } from './linear.js';
+import { arraysOf, emptyLinear, type Linear } from './linear.js';
 import { allocateBytes } from './memory.js';
 import { elementType, type Ort, type TensorArray } from './ort.js';
+import { Quantizer } from './quantizer.js';
 
 const { uint8, int32, float32 } = elementType;
 
@@ -72,11 +73,13 @@ export class KernelProbe {
     const outputs = Math.min(like.outputs, 64 + (like.outputs % 64));
     const form =
       like.kind === 'int4' ? { kind: like.kind, block: like.block } : { kind: like.kind };
-    const writer = linearWriter(form, outputs, inputs, { take: allocateBytes });
-    writer.write(wave(outputs * inputs), 0, outputs);
+    const matrix = emptyLinear(form, outputs, inputs, { take: allocateBytes });
+    const quantizer = new Quantizer(this.#ort);
+    quantizer.write(matrix, wave(outputs * inputs), 0, outputs);
+    quantizer.release();
     const graph = new GraphBuilder();
     graph.input('x', float32, [1, 'rows', inputs]);
-    graph.linear('x', writer.linear, 'y');
+    graph.linear('x', matrix, 'y');
     graph.output('y', float32, [1, 'rows', outputs]);
     return this.#try(
       graph.finish(),
@@ -86,7 +89,7 @@ export class KernelProbe {
       }),
       (compute) => {
         const before = compute();
-        for (const array of arraysOf(writer.linear)) array.fill(0);
+        for (const array of arraysOf(matrix)) array.fill(0);
         const after = compute();
         return before.every((value, i) => value === after[i]);
       },

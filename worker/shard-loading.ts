@@ -27,7 +27,7 @@ export async function loadShard(
   onProgress: (progress: LoadProgress) => void,
   signal: AbortSignal,
 ): Promise<LoadedShard> {
-  const cache = WeightCache.of(origin, terms);
+  const cache = WeightCache.of(ort, origin, terms);
   const file = cache?.open() ?? null;
   if (file !== null) {
     try {

@@ -25,8 +25,10 @@ import {
 } from '../model/weights.js';
 import type { WeightCache as Terms } from '../proto/gen/cluster.js';
 import { Embedding } from './embedding.js';
-import { linearWriter, type ArraySource } from './linear.js';
+import { emptyLinear, type ArraySource } from './linear.js';
 import { canMapFiles } from './mapped-file.js';
+import type { Ort } from './ort.js';
+import { Quantizer } from './quantizer.js';
 import {
   DamagedWeights,
   weightFileBytes,
@@ -60,10 +62,10 @@ export class WeightCache {
   readonly #maxBytes: number;
   readonly #byteCount: number;
 
-  private constructor(origin: WeightsOrigin, terms: Terms) {
+  private constructor(ort: Ort, origin: WeightsOrigin, terms: Terms) {
     const { checkpoint, plan, mode, forms } = origin;
     const { rank, tp } = plan;
-    const digest = groupDigest(origin);
+    const digest = groupDigest(ort, origin);
     this.#folder = terms.folder === '' ? defaultWeightCacheFolder(process.env) : terms.folder;
     const name = { model: checkpointName(checkpoint.path), mode, rank, tp, digest };
     this.#file = path.join(this.#folder, cacheFileName(name));
@@ -76,9 +78,11 @@ export class WeightCache {
   }
 
   /** @returns null where weights are not kept: by the terms, by the system, or because nothing would be gained. */
-  static of(origin: WeightsOrigin, terms: Terms | undefined): WeightCache | null {
+  static of(ort: Ort, origin: WeightsOrigin, terms: Terms | undefined): WeightCache | null {
     const isUseful = origin.mode !== 'fp32' || !isFloat32(origin);
-    return terms !== undefined && canMapFiles() && isUseful ? new WeightCache(origin, terms) : null;
+    return terms !== undefined && canMapFiles() && isUseful
+      ? new WeightCache(ort, origin, terms)
+      : null;
   }
 
   /** The weights of an earlier start, or null; a damaged file is removed. */
@@ -198,10 +202,10 @@ export class WeightRecorder {
 }
 
 /** Of everything that decides what a group's ranks hold, but for a rank's number. */
-function groupDigest({ checkpoint, plan, mode, forms }: WeightsOrigin): string {
+function groupDigest(ort: Ort, { checkpoint, plan, mode, forms }: WeightsOrigin): string {
   const { digest, localStamp, config } = checkpoint;
   const plans = planRanks(config, plan.tp, forms.ffnGrid);
-  const parts = [FORMAT_VERSION, digest, localStamp, mode, forms, plans, fingerprint(forms)];
+  const parts = [FORMAT_VERSION, digest, localStamp, mode, forms, plans, fingerprint(ort, forms)];
   return createHash('sha256').update(JSON.stringify(parts)).digest('hex').slice(0, 32);
 }
 
@@ -209,7 +213,7 @@ function groupDigest({ checkpoint, plan, mode, forms }: WeightsOrigin): string {
  * What our quantizers make of some numbers: weights that were quantized otherwise, or lie otherwise, are not taken for
  * what this release would make.
  */
-function fingerprint(forms: WeightForms): string {
+function fingerprint(ort: Ort, forms: WeightForms): string {
   const hash = createHash('sha256').update(new Uint8Array(Uint32Array.of(1).buffer));
   const [outputs, inputs] = [5, 256];
   const rows = Float32Array.from({ length: outputs * inputs }, (_, i) => Math.sin(i * i));
@@ -221,10 +225,19 @@ function fingerprint(forms: WeightForms): string {
     build(recording(arrays, taken)).write(rows, 0, outputs);
     for (const array of taken) hash.update(new Uint8Array(array));
   };
+  const quantizer = new Quantizer(ort);
   const used: WeightForm[] = forms.variants.flatMap((v) => [v.qkv, v.o, v.gateUp, v.down]);
   for (const form of [...used, forms.head]) {
-    add((source) => linearWriter(form, outputs, inputs, source));
+    add((source) => {
+      const matrix = emptyLinear(form, outputs, inputs, source);
+      return {
+        write: (values, first, count) => {
+          quantizer.write(matrix, values, first, count);
+        },
+      };
+    });
   }
+  quantizer.release();
   add((source) => new Embedding(forms.embedding, outputs, inputs, source));
   return hash.digest('hex');
 }

@@ -9,11 +9,12 @@ import type { WeightForm } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
 import type { Graph } from './graph-builder.js';
 import { KernelProbe } from './kernel-probe.js';
-import { arraysOf, linearWriter, type ArraySource, type Linear } from './linear.js';
+import { arraysOf, emptyLinear, type ArraySource, type Linear } from './linear.js';
 import type { Ort, Session } from './ort.js';
 import { allocate, allocateBytes } from './memory.js';
 import { recording, type WeightRecorder } from './weight-cache.js';
 import { ScratchMemory } from './mapped-file.js';
+import { Quantizer } from './quantizer.js';
 import type { WeightFileReader } from './weight-file.js';
 
 /** Floats that are read before they are turned into another form. */
@@ -38,6 +39,7 @@ export class WeightLoader {
   readonly #onProgress: (bytesDone: number) => void;
   readonly #signal: AbortSignal;
   readonly #pool = new ArrayPool();
+  readonly #quantizer: Quantizer;
   readonly #ort: Ort;
   #chunk = new Float32Array(0);
   #mappedBytes = 0;
@@ -57,6 +59,7 @@ export class WeightLoader {
     this.#onProgress = onProgress;
     this.#signal = signal;
     this.kernels = new KernelProbe(ort);
+    this.#quantizer = new Quantizer(ort);
   }
 
   /** Of the checkpoint. */
@@ -66,6 +69,7 @@ export class WeightLoader {
 
   close(): void {
     this.#reader.close();
+    this.#quantizer.release();
     this.#pool.release();
   }
 
@@ -96,15 +100,15 @@ export class WeightLoader {
   ): Promise<Linear[]> {
     const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
     const inputs = parts[0]!.columns.count;
-    const { writers } = await this.rows(parts, this.#pool, (arrays) => {
-      const writers = forms.map((form) => linearWriter(form, outputs, inputs, arrays));
+    const { matrices } = await this.rows(parts, this.#pool, (arrays) => {
+      const matrices = forms.map((form) => emptyLinear(form, outputs, inputs, arrays));
       const write: RowSink['write'] = (rows, first, count) => {
-        for (const writer of writers) writer.write(rows, first, count);
+        for (const matrix of matrices) this.#quantizer.write(matrix, rows, first, count);
         hear(rows, first, count);
       };
-      return { writers, write };
+      return { matrices, write };
     });
-    return writers.map(({ linear }) => linear);
+    return matrices;
   }
 
   /**

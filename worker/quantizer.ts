@@ -1,0 +1,239 @@
+/**
+ * Turns rows of float32 into the forms that sessions take. The runtime's own kernels do it, in small graphs: they are
+ * several times as fast as a loop in JavaScript, and a rank that starts for the first time waits for little else.
+ */
+import { GraphBuilder, int, type Graph } from './graph-builder.js';
+import { zeroBytesOf, type Linear } from './linear.js';
+import { elementType, type Ort, type Session, type TensorArray } from './ort.js';
+
+const { float32, uint8, int8 } = elementType;
+
+type Int8Linear = Extract<Linear, { kind: 'int8' }>;
+type Int4Linear = Extract<Linear, { kind: 'int4' }>;
+
+/** Rows of a run: what is written of a column of the transposed matrix are runs of this many bytes. */
+const INT8_ROWS = 256;
+/** Weights of a run: what a run computes stays in a core's caches. */
+const INT4_WEIGHTS = 1 << 16;
+/** Scales of rows and blocks of zeros, which have none of their own. */
+const LEAST_SCALE = 1e-30;
+/** The runtime's bytes end at 255: with zeros around 248 they end where 4 bits do. */
+const BYTES_BELOW = 240;
+
+export class Quantizer {
+  readonly #ort: Ort;
+  #int8: Session | null = null;
+  readonly #int4 = new Map<number, Session>();
+  /** What runs write, to be used again. */
+  readonly #scratch = new Map<string, TensorArray>();
+
+  constructor(ort: Ort) {
+    this.#ort = ort;
+  }
+
+  /** @param rows (count, inputs), which become the matrix's rows from `first` on. */
+  write(matrix: Linear, rows: Float32Array, first: number, count: number): void {
+    switch (matrix.kind) {
+      case 'fp32':
+        matrix.values.set(rows.subarray(0, count * matrix.inputs), first * matrix.inputs);
+        return;
+      case 'int8':
+        this.#writeInt8(matrix, rows, first, count);
+        return;
+      case 'int4':
+        this.#writeInt4(matrix, rows, first, count);
+    }
+  }
+
+  release(): void {
+    this.#int8?.release();
+    for (const session of this.#int4.values()) session.release();
+    this.#int8 = null;
+    this.#int4.clear();
+    this.#scratch.clear();
+  }
+
+  #writeInt8(matrix: Int8Linear, rows: Float32Array, first: number, count: number): void {
+    const { inputs, outputs, values, scales } = matrix;
+    this.#int8 ??= this.#ort.createSession(int8Graph());
+    const scratch = this.#array('columns', INT8_ROWS * inputs, Int8Array);
+    for (let done = 0; done < count; done += INT8_ROWS) {
+      const own = Math.min(INT8_ROWS, count - done);
+      const at = first + done;
+      const columns = scratch.subarray(0, own * inputs);
+      this.#run(
+        this.#int8,
+        [rows.subarray(done * inputs, (done + own) * inputs), [own, inputs]],
+        [columns, [inputs, own]],
+        [scales.subarray(at, at + own), [own]],
+      );
+      for (let i = 0; i < inputs; i += 1) {
+        values.set(columns.subarray(i * own, (i + 1) * own), i * outputs + at);
+      }
+    }
+  }
+
+  #writeInt4(matrix: Int4Linear, rows: Float32Array, first: number, count: number): void {
+    const { inputs, block } = matrix;
+    const blocks = inputs / block;
+    let session = this.#int4.get(block);
+    if (session === undefined) {
+      session = this.#ort.createSession(int4Graph(block));
+      this.#int4.set(block, session);
+    }
+    const most = Math.max(1, Math.floor(INT4_WEIGHTS / inputs));
+    const scratch = this.#array('bytes', most * inputs, Uint8Array);
+    const zeroScratch = this.#array('zeros', most * blocks, Uint8Array);
+    for (let done = 0; done < count; done += most) {
+      const own = Math.min(most, count - done);
+      const at = first + done;
+      const bytes = scratch.subarray(0, own * inputs);
+      const zeros = zeroScratch.subarray(0, own * blocks);
+      this.#run(
+        session,
+        [rows.subarray(done * inputs, (done + own) * inputs), [own * blocks, block]],
+        [bytes, [own * blocks, block]],
+        [matrix.scales.subarray(at * blocks, (at + own) * blocks), [own * blocks]],
+        [zeros, [own * blocks]],
+      );
+      packNibbles(bytes, matrix.values, (at * inputs) / 2);
+      packZeros(zeros, matrix.zeros, at, blocks, zeroBytesOf(inputs, block));
+    }
+  }
+
+  /** Computes into the arrays of all but the first. */
+  #run(
+    session: Session,
+    ...values: readonly (readonly [array: TensorArray, shape: readonly number[]])[]
+  ): void {
+    const [x, ...outputs] = values.map(([array, shape]) => this.#ort.tensor(array, shape));
+    try {
+      session.run([x!], outputs);
+    } finally {
+      for (const tensor of [x!, ...outputs]) tensor.release();
+    }
+  }
+
+  #array<T extends Int8Array | Uint8Array>(
+    name: string,
+    length: number,
+    Kind: new (length: number) => T,
+  ): T {
+    let array = this.#scratch.get(name) as T | undefined;
+    if (array === undefined || array.length < length) {
+      array = new Kind(length);
+      this.#scratch.set(name, array);
+    }
+    return array;
+  }
+}
+
+/** Input x (rows, inputs); outputs values (inputs, rows) and scales (rows): the largest weight of a row becomes ±127. */
+function int8Graph(): Graph {
+  const graph = new GraphBuilder();
+  graph.input('x', float32, ['rows', 'inputs']);
+  graph.integers('widthAxis', [1]);
+  graph.node('Abs', ['x'], ['sizes']);
+  graph.node('ReduceMax', ['sizes', 'widthAxis'], ['largest'], [int('keepdims', 0)]);
+  graph.node('Div', ['largest', graph.constant('levels', Float32Array.of(127), [])], ['steps']);
+  graph.node(
+    'Max',
+    ['steps', graph.constant('least', Float32Array.of(LEAST_SCALE), [])],
+    ['scales'],
+  );
+  graph.node('Shape', ['scales'], ['rowCount']);
+  graph.node('Expand', [graph.constant('zero', Int8Array.of(0), []), 'rowCount'], ['zeros']);
+  graph.node('QuantizeLinear', ['x', 'scales', 'zeros'], ['bytes'], [int('axis', 0)]);
+  graph.node('Transpose', ['bytes'], ['values']);
+  graph.output('values', int8, ['inputs', 'rows']);
+  graph.output('scales', float32, ['rows']);
+  return graph.finish();
+}
+
+/**
+ * Input x (blocks, block); outputs values (blocks, block), of which the lower 4 bits count, scales and zeros (blocks).
+ *
+ * Of each block either the weight that is largest in size becomes 0 (−8 steps from a zero of 8), or the smallest becomes
+ * 0 and the largest 15: whichever comes nearer. What was 4 bits in such blocks before stays what it was.
+ */
+function int4Graph(block: number): Graph {
+  const graph = new GraphBuilder();
+  const float = (name: string, value: number) => graph.constant(name, Float32Array.of(value), []);
+  graph.input('x', float32, ['blocks', block]);
+  graph.integers('widthAxis', [1]);
+  float('none', 0);
+  float('least', LEAST_SCALE);
+  const reduce = [int('keepdims', 0)];
+  graph.node('ReduceMax', ['x', 'widthAxis'], ['max'], reduce);
+  graph.node('ReduceMin', ['x', 'widthAxis'], ['min'], reduce);
+  graph.node('Max', ['max', 'none'], ['largest']);
+  graph.node('Min', ['min', 'none'], ['smallest']);
+  graph.node('Neg', ['smallest'], ['depth']);
+
+  graph.node('Greater', ['largest', 'depth'], ['isUpward']);
+  graph.node('Where', ['isUpward', 'largest', 'smallest'], ['farthest']);
+  graph.node('Div', ['farthest', float('-8', -8)], ['centred.step']);
+  graph.node('Equal', ['centred.step', 'none'], ['isZero']);
+  graph.node('Where', ['isZero', 'least', 'centred.step'], ['centred.scale']);
+  graph.node('Shape', ['centred.scale'], ['blockCount']);
+  const centre = graph.constant('centre', Uint8Array.of(BYTES_BELOW + 8), []);
+  graph.node('Expand', [centre, 'blockCount'], ['centred.zero']);
+
+  graph.node('Sub', ['largest', 'smallest'], ['range']);
+  graph.node('Div', ['range', float('15', 15)], ['spread.step']);
+  graph.node('Max', ['spread.step', 'least'], ['spread.scale']);
+  graph.node('Div', ['depth', 'spread.scale'], ['spread.depth']);
+  graph.node('Add', ['spread.depth', float('below', BYTES_BELOW)], ['spread.place']);
+  graph.node('Round', ['spread.place'], ['spread.rounded']);
+  graph.node('Cast', ['spread.rounded'], ['spread.zero'], [int('to', uint8)]);
+
+  for (const name of ['centred', 'spread']) {
+    const grid = [`${name}.scale`, `${name}.zero`];
+    graph.node('QuantizeLinear', ['x', ...grid], [`${name}.bytes`], [int('axis', 0)]);
+    graph.node('DequantizeLinear', [`${name}.bytes`, ...grid], [`${name}.held`], [int('axis', 0)]);
+    graph.node('Sub', ['x', `${name}.held`], [`${name}.errors`]);
+    graph.node('ReduceSumSquare', [`${name}.errors`, 'widthAxis'], [`${name}.error`], reduce);
+  }
+  graph.node('LessOrEqual', ['centred.error', 'spread.error'], ['isCentred']);
+  graph.node('Unsqueeze', ['isCentred', 'widthAxis'], ['isCentred.column']);
+  graph.node('Where', ['isCentred.column', 'centred.bytes', 'spread.bytes'], ['values']);
+  for (const [output, part] of [
+    ['scales', 'scale'],
+    ['zeros', 'zero'],
+  ] as const) {
+    graph.node('Where', ['isCentred', `centred.${part}`, `spread.${part}`], [output]);
+  }
+  graph.output('values', uint8, ['blocks', block]);
+  graph.output('scales', float32, ['blocks']);
+  graph.output('zeros', uint8, ['blocks']);
+  return graph.finish();
+}
+
+/** Two bytes become one, the earlier one low; four at a time. */
+function packNibbles(bytes: Uint8Array, target: Uint8Array, at: number): void {
+  const words = new Uint32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
+  const halves = new Uint16Array(target.buffer, target.byteOffset + at, bytes.length / 4);
+  for (let i = 0; i < words.length; i += 1) {
+    const word = words[i]!;
+    halves[i] =
+      (word & 15) | ((word >>> 4) & 0xf0) | ((word >>> 8) & 0xf00) | ((word >>> 12) & 0xf000);
+  }
+}
+
+/** As `packNibbles`, row by row: an odd last one stands alone. */
+function packZeros(
+  zeros: Uint8Array,
+  target: Uint8Array,
+  firstRow: number,
+  blocks: number,
+  rowBytes: number,
+): void {
+  const rows = zeros.length / blocks;
+  for (let row = 0; row < rows; row += 1) {
+    const to = (firstRow + row) * rowBytes;
+    for (let b = 0; b < blocks; b += 2) {
+      const next = b + 1 < blocks ? zeros[row * blocks + b + 1]! & 15 : 0;
+      target[to + (b >> 1)] = (zeros[row * blocks + b]! & 15) | (next << 4);
+    }
+  }
+}
