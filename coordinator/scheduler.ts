@@ -87,6 +87,6 @@ export function adaptBudget(
     return Math.max(MIN_TOKEN_BUDGET, Math.min(tokenBudget, rows) >> 1);
   }
   const isFull = rows * 2 > tokenBudget;
-  if (isFull && stretchUs * 3 < STRETCH_LIMIT_US) return Math.min(maxTokenBudget, tokenBudget * 2);
+  if (isFull && stretchUs * 2 < STRETCH_LIMIT_US) return Math.min(maxTokenBudget, tokenBudget * 2);
   return tokenBudget;
 }

@@ -3,8 +3,11 @@
  * long it could not.
  */
 
-/** Yield when this much time has passed, so that one more segment seldom passes 50 ms. */
-const YIELD_AFTER_MS = 8;
+/**
+ * Yield when this much time has passed. A turn of the event loop costs some µs, and the less time this is, the longer
+ * segments may be, and with them the chunks of prompts (`adaptBudget`).
+ */
+const YIELD_AFTER_MS = 3;
 
 export class Pacer {
   #servedMs = performance.now();
