@@ -99,6 +99,7 @@ const transports = {
   auto: Transport.TRANSPORT_UNSPECIFIED,
   grpc: Transport.TRANSPORT_GRPC,
   shm: Transport.TRANSPORT_SHM,
+  direct: Transport.TRANSPORT_DIRECT,
 } as const;
 
 /**

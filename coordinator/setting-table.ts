@@ -76,9 +76,10 @@ export const settingTable = {
   }),
   transport: defaulted('auto', {
     argument: '<transport>',
-    description: 'how ranks exchange partials: shm between those of one host, grpc, or auto',
-    rule: 'one of auto, grpc, shm',
-    schema: z.enum(['auto', 'grpc', 'shm']),
+    description:
+      "how ranks exchange partials: direct (GPUs of one host, which read each other's), shm between those of one host, grpc, or auto",
+    rule: 'one of auto, grpc, shm, direct',
+    schema: z.enum(['auto', 'grpc', 'shm', 'direct']),
   }),
   speculation: defaulted('auto', {
     argument: '<when>',

@@ -7,13 +7,15 @@
  *
  * Two buffers a rank are used in turn: a peer can be one all-reduce ahead, never two, since it needs our
  * partial of this one to go on. Between ranks of one host the buffers lie in shared memory, and only a number
- * is written and waited for; between hosts they go as messages.
+ * is written and waited for; between hosts they go as messages. Where devices can read each other's memory, partials stay
+ * on them (`direct-memory`).
  */
 import { CaravanError } from '../proto/errors.js';
 import type { RankPartial } from '../proto/gen/cluster.js';
 import type { Pacer } from './pacer.js';
 import { encodePartial } from './partial-codec.js';
 import type { PeerLink, Peers } from './peers.js';
+import type { DirectPartials } from './direct-memory.js';
 import { allocate } from './memory.js';
 import { mayRanksSpin } from './shared-memory.js';
 
@@ -22,6 +24,8 @@ export type Turn = 0 | 1;
 export interface AllReduce {
   /** (2 turns, tp) buffers of capacity elements. A rank writes its own before `exchange`. */
   readonly partials: readonly (readonly Float32Array[])[];
+  /** Where partials lie instead, on the devices, if all ranks can read each other's; only that they are there is told then. */
+  readonly direct: DirectPartials | null;
   /**
    * Gives our first `count` elements of this turn to every peer and waits until theirs are here.
    *
@@ -37,6 +41,7 @@ export interface AllReduce {
 /** TP 1: there is nobody to wait for. */
 export class SoloAllReduce implements AllReduce {
   readonly partials: readonly (readonly Float32Array[])[];
+  readonly direct = null;
   readonly #pacer: Pacer;
   #error: CaravanError | null = null;
 
@@ -72,6 +77,7 @@ const SLEEP_MS = 2;
 /** The ranks of a group, each joined to us by shared memory or by gRPC. */
 export class GroupAllReduce implements AllReduce {
   readonly partials: readonly (readonly Float32Array[])[];
+  readonly direct: DirectPartials | null;
   readonly #rank: number;
   readonly #peers: Peers;
   readonly #messagePeers: readonly PeerLink[];
@@ -90,6 +96,7 @@ export class GroupAllReduce implements AllReduce {
   constructor(rank: number, peers: Peers, capacity: number, timeoutMs: number, pacer: Pacer) {
     this.#rank = rank;
     this.#peers = peers;
+    this.direct = peers.direct.partials;
     this.#pacer = pacer;
     this.#timeoutMs = timeoutMs;
     const { links } = peers;
@@ -192,6 +199,7 @@ export class GroupAllReduce implements AllReduce {
       link.segment?.close();
     }
     this.#peers.segment?.close();
+    this.direct?.close();
   }
 
   async #receiveAll(turn: Turn, count: number, deadlineMs: number): Promise<void> {

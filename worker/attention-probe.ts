@@ -82,19 +82,19 @@ function attend(
       for (let i = 0; i < array.length; i += 1) {
         array[i] = Math.sin((first * headSize + i) * step);
       }
-      return made.input(array, rows, 'device');
+      return made.upload(array, rows);
     };
     const [q, k, v] = [operand(0.7), operand(1.3), operand(2.9)] as const;
-    const lastPositions = made.input(Int32Array.of(first + count - 1), [1], 'device');
-    const totalLength = made.input(Int32Array.of(first + count), [1], 'host');
+    const lastPositions = made.upload(Int32Array.of(first + count - 1), [1]);
+    const totalLength = made.hostInput(Int32Array.of(first + count), [1]);
     const attended: DeviceTensor = made.allocate(float32, rows);
     const run = made.bind(
       session,
       new Map<string, Bound>([
         ...([
-          ['q', q.tensor],
-          ['k', k.tensor],
-          ['v', v.tensor],
+          ['q', q],
+          ['k', k],
+          ['v', v],
         ] as [string, Bound][]),
         ...([
           ['keys', keys],
@@ -104,12 +104,11 @@ function attend(
           ['newKeys', keys],
           ['newValues', values],
         ] as [string, Bound][]),
-        ['lastPositions', lastPositions.tensor],
+        ['lastPositions', lastPositions],
         ['totalLength', totalLength.tensor],
         ['attended', attended],
       ]),
     );
-    for (const input of [q, k, v, lastPositions]) input.copy?.run();
     run.run();
     const part = all.subarray(first * headSize, (first + count) * headSize);
     made.copy(device.copyOut(attended, part)).run();

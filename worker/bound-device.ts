@@ -6,6 +6,8 @@ import { formBytes, weightBytes, type WeightForms } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
 import type { LoadProgress } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
+import { Capturing, type Capturer } from './device-launch.js';
+import type { DirectMemory } from './direct-memory.js';
 import { mostAttentionRows } from './attention-probe.js';
 import type {
   Device,
@@ -35,6 +37,7 @@ export class BoundDevice implements Device {
   readonly #ort: Ort;
   readonly #device: OrtDevice;
   readonly #cuda: CudaRuntime | null;
+  readonly #directMemory: DirectMemory | null;
   readonly #memoryLimit: number | null;
   readonly #attentionRows: number | null;
 
@@ -42,6 +45,8 @@ export class BoundDevice implements Device {
    * @param kind whose graphs are computed: that of the device, but for tests, which compute a GPU's in host memory.
    * @param memoryLimit bytes that may be taken of the device's memory; null for all.
    * @param attentionRows most rows of a slot that a run of attention takes; found out if it is null.
+   * @param directMemory, capturer in place of CUDA's, for tests.
+   * @param captures whether steps that come again are given to the device as one.
    * @throws CaravanError `bad_usage` when the device is not there, saying how to mend it.
    */
   constructor(
@@ -51,10 +56,16 @@ export class BoundDevice implements Device {
       kind = name.kind,
       memoryLimit = null,
       attentionRows = null,
+      directMemory = null,
+      capturer = null,
+      captures = true,
     }: {
       kind?: DeviceKind;
       memoryLimit?: number | null;
       attentionRows?: number | null;
+      directMemory?: DirectMemory | null;
+      capturer?: Capturer | null;
+      captures?: boolean;
     } = {},
   ) {
     this.name = nameOfDevice(name);
@@ -64,7 +75,11 @@ export class BoundDevice implements Device {
     this.#attentionRows = attentionRows;
     this.#cuda = name.kind === 'cuda' ? CudaRuntime.open(name.index) : null;
     const provider = providerOf(name, { memoryLimit, stream: this.#cuda?.stream ?? null });
-    this.#device = new OrtDevice(ort, provider, this.#cuda);
+    this.#directMemory = directMemory ?? this.#cuda;
+    const capturing = captures
+      ? new Capturing(capturer ?? this.#cuda, `${this.name} has no graphs`)
+      : new Capturing(null, 'they are switched off');
+    this.#device = new OrtDevice(ort, provider, this.#cuda, capturing);
   }
 
   async load(
@@ -134,6 +149,8 @@ export class BoundDevice implements Device {
       bytesRead: shard.bytesRead,
       cachedBytes: 0,
       cacheFault: '',
+      directMemory: this.#directMemory,
+      captureFault: () => (this.kind === 'cuda' ? (device.capturing.fault ?? '') : ''),
       kvBytes: kvOf,
       openPass: (own, allReduce) =>
         openPass(device, shard, own, allReduce, attentionRows, this.#cuda),
@@ -154,8 +171,14 @@ async function openPass(
 ): Promise<OpenPass> {
   const { config, plan, attention } = shard.shape;
   // Copies of pinned memory need no second copy on their way.
-  const releases = cuda === null ? [] : allReduce.partials.flat().map((array) => cuda.pin(array));
+  const isStaged = cuda !== null && allReduce.direct === null;
+  const releases = isStaged ? allReduce.partials.flat().map((array) => cuda.pin(array)) : [];
   const release = (): void => {
+    try {
+      device.synchronize();
+    } catch {
+      // A device that is lost does nothing more; what is on the host is to be freed.
+    }
     // What was made last goes first.
     for (const undo of releases.splice(0).reverse()) undo();
   };

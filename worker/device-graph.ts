@@ -27,6 +27,8 @@ export interface DeviceShape {
   readonly attention: ElementType;
   /** Products with transposed weights in one node, which WebGPU lacks. */
   readonly hasFusedProducts: boolean;
+  /** Total lengths of attention over single rows are rounded up to multiples of this. */
+  readonly lengthStep: number;
   /** Of the layers' dense matrices. */
   readonly isInputsFirst: boolean;
 }

@@ -5,8 +5,10 @@ import type { LlamaConfig } from '../model/config.js';
 import type { AllReduce, Turn } from './all-reduce.js';
 import type { DeviceKv } from './device-kv.js';
 import type { DeviceShard } from './device-shard.js';
-import type { HeadRuns, SmallInput, StepRuns } from './device-runs.js';
+import { runAll, type HeadRuns, type StepRuns } from './device-runs.js';
+import { Launch } from './device-launch.js';
 import type { DeviceWorkspace } from './device-workspace.js';
+import type { PartialBuffer } from './direct-memory.js';
 import type { OrtDevice } from './ort-device.js';
 import type { Pass, PassFigures, RowTop, Slots, Wish } from './pass.js';
 import type { AttentionGroup, StepLayout } from './step-layout.js';
@@ -64,17 +66,32 @@ export class DevicePass implements Pass {
       const groups = this.#workspace.groupsOf([{ firstRow: 0, firstSlot: 0, batch, length }]);
       const positions = Array.from({ length: rowCount }, (_, row) => row % length);
       const runs = this.#workspace.step(rowCount, groups);
-      bindPositions(runs, positions, groups);
+      this.#bindPositions(runs, positions, groups);
       const head = this.#workspace.head(rowCount, batch, 1);
-      for (const input of [runs.tokens, head.sampledRows, head.inverseTemperatures]) {
-        input.copy?.run();
-      }
-      for (const run of [runs.embed, runs.attention[0]!, runs.ffn[0]!, head.run]) {
+      runAll(runs.inputs);
+      runAll(head.inputs);
+      for (const run of [...runs.first, head.run]) {
         run.run();
         run.synchronize();
         this.#device.synchronize();
         await served();
       }
+    }
+    this.#tryCapture();
+  }
+
+  /** Whether this device captures is known, and reported, before there are sequences. */
+  #tryCapture(): void {
+    const device = this.#device;
+    if (device.capturing.fault !== null) return;
+    const groups = this.#workspace.groupsOf([{ firstRow: 0, firstSlot: 0, batch: 1, length: 1 }]);
+    const runs = this.#workspace.step(1, groups);
+    const launch = new Launch([...runs.first, this.#workspace.head(1, 1, 1).run], device.capturing);
+    try {
+      while (!launch.isCaptured && device.capturing.fault === null) launch.run();
+      device.synchronize();
+    } finally {
+      launch.release();
     }
   }
 
@@ -82,19 +99,20 @@ export class DevicePass implements Pass {
     this.#waitMs = 0;
     const { traffic } = this.#device;
     const before = { ...traffic };
+    const { rowCount, sampledRows } = layout;
     const groups = this.#workspace.groupsOf(layout.groups);
-    const runs = this.#workspace.step(layout.rowCount, groups);
-    bindPositions(runs, layout.positions, groups);
-
-    this.#embed(runs, layout);
-    await this.#share(runs, layout.rowCount, 0);
-    for (let l = 0; l < runs.attention.length; l += 1) {
-      runs.attention[l]!.run();
-      await this.#share(runs, layout.rowCount, 1);
-      runs.ffn[l]!.run();
-      await this.#share(runs, layout.rowCount, 0);
+    const runs = this.#workspace.step(rowCount, groups);
+    this.#bindPositions(runs, layout.positions, groups);
+    this.#bindTokens(runs, layout.tokens);
+    runAll(runs.inputs);
+    const total = runs.totalLengths[0]![0]!;
+    for (let i = 0; i < runs.segments.length; i += 1) {
+      const { launch, buffer } = runs.segments[i]!;
+      launch.run(total);
+      const waiting = this.#share(runs, rowCount, buffer);
+      if (waiting !== null) await waiting;
     }
-    if (layout.sampledRows.length > 0) this.#sample(layout, wish);
+    if (sampledRows.length > 0) this.#sample(layout, wish);
     else this.#device.synchronize();
     return {
       waitMs: this.#waitMs,
@@ -119,9 +137,9 @@ export class DevicePass implements Pass {
   }
 
   logits(row: number): Float32Array<ArrayBuffer> {
-    const { rowIndex, row: run, rowOut, rowLogits } = this.#head!;
-    rowIndex.array[0] = BigInt(row);
-    rowIndex.copy?.run();
+    const { rowIndex, rowIn, row: run, rowOut, rowLogits } = this.#head!;
+    rowIndex[0] = BigInt(row);
+    runAll(rowIn);
     run.run();
     rowOut.run();
     return rowLogits;
@@ -132,58 +150,56 @@ export class DevicePass implements Pass {
     this.#head = head;
     this.#wish = wish;
     sampledRows.forEach((row, i) => {
-      head.sampledRows.array[i] = BigInt(row);
+      head.sampledRows[i] = BigInt(row);
       const temperature = wish.temperatures[i]!;
-      head.inverseTemperatures.array[i] = temperature > 0 ? 1 / temperature : 1;
+      head.inverseTemperatures[i] = temperature > 0 ? 1 / temperature : 1;
     });
-    for (const input of [head.sampledRows, head.inverseTemperatures]) input.copy?.run();
-    head.run.run();
-    for (const copy of head.results) copy.run();
+    runAll(head.inputs);
+    head.launch.run();
+    runAll(head.results);
   }
 
-  /** Our partial, which lies in one of two buffers, goes to the peers, and theirs come beside it. */
-  async #share(runs: StepRuns, rowCount: number, buffer: 0 | 1): Promise<void> {
+  /** Our partial goes to the peers, and theirs come beside it. @returns null when they are here already. */
+  #share({ partials }: StepRuns, rowCount: number, buffer: PartialBuffer): Promise<void> | null {
     const turn = this.#turn;
-    for (const copy of runs.partialOut[turn]!.slice(buffer, buffer + 1)) copy.run();
-    await this.#exchange(rowCount);
-    for (const copy of runs.partialsIn[turn]![buffer]!) copy.run();
-  }
-
-  async #exchange(rowCount: number): Promise<void> {
+    this.#turn = turn === 0 ? 1 : 0;
+    partials.send(turn, buffer);
     const startMs = performance.now();
-    await this.#allReduce.exchange(this.#turn, this.#workspace.partialWords(rowCount));
-    this.#turn = this.#turn === 0 ? 1 : 0;
-    this.#waitMs += performance.now() - startMs;
+    const waiting = this.#allReduce.exchange(turn, this.#workspace.partialWords(rowCount));
+    const receive = (): void => {
+      this.#waitMs += performance.now() - startMs;
+      partials.receive(turn, buffer);
+    };
+    if (waiting !== null) return waiting.then(receive);
+    receive();
+    return null;
   }
 
-  #embed({ tokens, embed }: StepRuns, layout: StepLayout): void {
+  #bindTokens({ tokens }: StepRuns, ids: readonly number[]): void {
     const { start, count } = this.vocab;
-    layout.tokens.forEach((token, row) => {
+    ids.forEach((token, row) => {
       const own = token - start;
-      tokens.array[row] = BigInt(own >= 0 && own < count ? own : count);
+      tokens[row] = BigInt(own >= 0 && own < count ? own : count);
     });
-    tokens.copy?.run();
-    embed.run();
   }
-}
 
-function bindPositions(
-  { positions, lastPositions, totalLengths }: StepRuns,
-  rows: readonly number[],
-  groups: readonly AttentionGroup[],
-): void {
-  rows.forEach((position, row) => {
-    positions.array[row] = BigInt(position);
-  });
-  groups.forEach(({ firstRow, batch, length }, g) => {
-    let total = 0;
-    for (let i = 0; i < batch; i += 1) {
-      const last = rows[firstRow + i * length + length - 1]!;
-      lastPositions[g]!.array[i] = last;
-      total = Math.max(total, last + 1);
-    }
-    totalLengths[g]!.array[0] = total;
-  });
-  const inputs: SmallInput[] = [positions, ...lastPositions, ...totalLengths];
-  for (const { copy } of inputs) copy?.run();
+  #bindPositions(
+    { positions, lastPositions, totalLengths }: StepRuns,
+    rows: readonly number[],
+    groups: readonly AttentionGroup[],
+  ): void {
+    rows.forEach((position, row) => {
+      positions[row] = BigInt(position);
+    });
+    groups.forEach((group, g) => {
+      const { firstRow, batch, length } = group;
+      let total = 0;
+      for (let i = 0; i < batch; i += 1) {
+        const last = rows[firstRow + i * length + length - 1]!;
+        lastPositions[g]![i] = last;
+        total = Math.max(total, last + 1);
+      }
+      totalLengths[g]![0] = this.#workspace.totalLength(group, total);
+    });
+  }
 }

@@ -2,56 +2,64 @@
  * The runs of a step on a device, with all of their inputs and outputs in place: made once for a shape of steps, kept as
  * long as such steps come.
  */
-import { elementType, elementTypeOf, type ElementType } from './ort.js';
+import { Launch } from './device-launch.js';
+import type { BoundPartials } from './device-partials.js';
+import type { PartialBuffer } from './direct-memory.js';
+import type { ElementType, TensorArray } from './ort.js';
 import type { BoundRun, DeviceSession } from './ort-binding.js';
 import type { Copy, DeviceTensor, OrtDevice } from './ort-device.js';
 
-type SmallArray = BigInt64Array | Int32Array | Float32Array;
-
 /**
- * An input that changes from step to step. Kernels of devices read lengths and sizes on the host, where nothing is to be
- * copied: attention's total length, Split's sizes, TopK's k.
+ * An input that changes from step to step and is read on the host, where kernels of devices want lengths and sizes:
+ * attention's total length, Split's sizes, TopK's k.
  */
-export interface SmallInput<T extends SmallArray = SmallArray> {
+export interface HostInput<T extends TensorArray = TensorArray> {
   readonly array: T;
   readonly tensor: { readonly pointer: bigint };
-  /** To the device; null where it is read from `array` itself. */
-  readonly copy: Copy | null;
 }
 
-/**
- * The runs of all steps of one shape. Partials have two buffers on the device: the embedding's and the
- * feed-forward networks' partials lie in the first, attention's in the second.
- */
+/** What a rank computes between two exchanges, and where it leaves its partial. */
+export interface Segment {
+  readonly launch: Launch;
+  readonly buffer: PartialBuffer;
+}
+
+/** The runs of all steps of one shape. */
 export interface StepRuns {
-  /** Rows of the embedding's table. */
-  readonly tokens: SmallInput<BigInt64Array>;
-  readonly positions: SmallInput<BigInt64Array>;
-  /** By group. */
-  readonly lastPositions: readonly SmallInput<Int32Array>[];
-  readonly totalLengths: readonly SmallInput<Int32Array>[];
-  readonly embed: BoundRun;
-  /** By layer. */
-  readonly attention: readonly BoundRun[];
-  readonly ffn: readonly BoundRun[];
-  /** By turn of the exchange, then by buffer: our partial to the host, and those of the peers to the device. */
-  readonly partialOut: readonly (readonly Copy[])[];
-  readonly partialsIn: readonly (readonly (readonly Copy[])[])[];
+  /** (rows) rows of the embedding's table. */
+  readonly tokens: BigInt64Array;
+  /** (rows) */
+  readonly positions: BigInt64Array;
+  /** By group, (batch). */
+  readonly lastPositions: readonly Int32Array[];
+  /** Brings these to the device. */
+  readonly inputs: readonly Copy[];
+  /** By group, (1): read on the host. */
+  readonly totalLengths: readonly Int32Array[];
+  readonly partials: BoundPartials;
+  /** The embedding, and attention and feed-forward network of each layer. */
+  readonly segments: readonly Segment[];
+  /** The embedding and the first layer. */
+  readonly first: readonly BoundRun[];
   release(): void;
 }
 
 /** The head's run for a number of rows, and what it leaves on the host. */
 export interface HeadRuns {
-  readonly sampledRows: SmallInput<BigInt64Array>;
-  readonly inverseTemperatures: SmallInput<Float32Array>;
+  readonly sampledRows: BigInt64Array; // (sampled)
+  readonly inverseTemperatures: Float32Array; // (sampled)
+  /** Brings these to the device. */
+  readonly inputs: readonly Copy[];
   readonly run: BoundRun;
+  readonly launch: Launch;
   readonly topLogits: Float32Array; // (sampled, k)
   readonly topPlaces: BigInt64Array; // (sampled, k)
   readonly sums: Float32Array; // (sampled)
   readonly temperedSums: Float32Array; // (sampled)
   readonly results: readonly Copy[];
   /** One row of the logits: which, its run, and where it comes to. */
-  readonly rowIndex: SmallInput<BigInt64Array>;
+  readonly rowIndex: BigInt64Array; // (1)
+  readonly rowIn: readonly Copy[];
   readonly row: BoundRun;
   readonly rowLogits: Float32Array<ArrayBuffer>; // (vocab)
   readonly rowOut: Copy;
@@ -83,6 +91,11 @@ export class Kept<T extends { release(): void }> {
   }
 }
 
+/** Makes copies one after the other. */
+export function runAll(copies: readonly Copy[]): void {
+  for (const copy of copies) copy.run();
+}
+
 export interface Bound {
   readonly pointer: bigint;
 }
@@ -96,13 +109,13 @@ export class Made {
     this.#device = device;
   }
 
-  view(whole: DeviceTensor, shape: readonly number[]): DeviceTensor {
-    return this.#tensor(this.#device.view(whole, shape));
-  }
-
-  /** A tensor's memory from its beginning, as numbers of 32 bits. */
-  words(whole: DeviceTensor, count: number): DeviceTensor {
-    return this.#tensor(this.#device.view(whole, [count], elementType.int32));
+  view(
+    whole: DeviceTensor,
+    shape: readonly number[],
+    type = whole.type,
+    byteOffset = 0,
+  ): DeviceTensor {
+    return this.#tensor(this.#device.view(whole, shape, type, byteOffset));
   }
 
   allocate(type: ElementType, shape: readonly number[]): DeviceTensor {
@@ -117,6 +130,20 @@ export class Made {
     return run;
   }
 
+  /** A tensor with these contents. */
+  upload(array: TensorArray, shape: readonly number[]): DeviceTensor {
+    return this.#tensor(this.#device.upload(array, shape));
+  }
+
+  /** @param isRepeated whether such runs come again and again. */
+  launch(runs: readonly BoundRun[], isRepeated: boolean): Launch {
+    const launch = new Launch(runs, isRepeated ? this.#device.capturing : null);
+    this.#releases.push(() => {
+      launch.release();
+    });
+    return launch;
+  }
+
   copy(copy: Copy): Copy {
     this.#releases.push(() => {
       copy.release();
@@ -124,20 +151,12 @@ export class Made {
     return copy;
   }
 
-  input<T extends SmallArray>(
-    array: T,
-    shape: readonly number[],
-    place: 'host' | 'device',
-  ): SmallInput<T> {
-    if (place === 'host') {
-      const tensor = this.#device.host(array, shape);
-      this.#releases.push(() => {
-        tensor.release();
-      });
-      return { array, tensor, copy: null };
-    }
-    const tensor = this.allocate(elementTypeOf(array), shape);
-    return { array, tensor, copy: this.copy(this.#device.copyIn(array, tensor)) };
+  hostInput<T extends TensorArray>(array: T, shape: readonly number[]): HostInput<T> {
+    const tensor = this.#device.host(array, shape);
+    this.#releases.push(() => {
+      tensor.release();
+    });
+    return { array, tensor };
   }
 
   release(): void {

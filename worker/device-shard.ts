@@ -12,6 +12,7 @@ import {
 } from '../model/plan.js';
 import { weightBytes, type WeightForm, type WeightForms } from '../model/weights.js';
 import type { DeviceShape, MatrixShape } from './device-graph.js';
+import { CAPTURED_LENGTHS } from './device-launch.js';
 import type { Linear } from './linear.js';
 import { elementType, type ElementType } from './ort.js';
 import type { DeviceTensor, OrtDevice } from './ort-device.js';
@@ -140,6 +141,7 @@ export function deviceShape(
     activations,
     attention: kind === 'cuda' ? float16 : activations,
     isInputsFirst: kind === 'cuda',
+    lengthStep: kind === 'cuda' ? CAPTURED_LENGTHS : 1,
     hasFusedProducts: provider.hasFusedProducts,
   };
 }

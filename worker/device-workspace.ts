@@ -13,27 +13,29 @@ import {
 } from './device-graph.js';
 import type { DeviceKv } from './device-kv.js';
 import type { DeviceMatrix, DeviceShard } from './device-shard.js';
-import { elementType, type TensorArray } from './ort.js';
+import { elementType } from './ort.js';
 import { Kept, Made, type Bound, type HeadRuns, type StepRuns } from './device-runs.js';
 import type { DeviceSession } from './ort-binding.js';
-import { tensorBytes, type DeviceTensor, type OrtDevice } from './ort-device.js';
+import { smallArrays } from './device-small.js';
+import { DevicePartials } from './device-partials.js';
+import { partialBuffer, type PartialBuffer } from './direct-memory.js';
+import type { DeviceTensor, OrtDevice } from './ort-device.js';
 import { rotaryTables } from './rotary.js';
 import type { AttentionGroup } from './step-layout.js';
 
-const { float32, int64 } = elementType;
+const { float32, int32, int64 } = elementType;
 
 export class DeviceWorkspace {
   readonly maxRows: number;
   readonly #device: OrtDevice;
   readonly #shard: DeviceShard;
   readonly #kv: DeviceKv;
-  readonly #allReduce: AllReduce;
+  readonly #partials: DevicePartials;
   readonly #attentionRows: number;
   readonly #buffers: {
     readonly zeros: DeviceTensor;
     readonly afterAttention: DeviceTensor;
     readonly afterFfn: DeviceTensor;
-    readonly partials: readonly (readonly DeviceTensor[])[];
     readonly cos: DeviceTensor;
     readonly sin: DeviceTensor;
     readonly logits: DeviceTensor;
@@ -61,7 +63,6 @@ export class DeviceWorkspace {
     this.#kv = kv;
     this.maxRows = maxRows;
     this.#attentionRows = attentionRows;
-    this.#allReduce = allReduce;
     const { shape } = shard;
     const { config, plan, activations } = shape;
     const wide = () => device.allocateZeros(activations, [1, maxRows, config.hiddenSize]);
@@ -75,11 +76,11 @@ export class DeviceWorkspace {
       zeros: device.upload(zeros, [1, maxRows, config.hiddenSize], activations),
       afterAttention: wide(),
       afterFfn: wide(),
-      partials: [0, 1].map(() => Array.from({ length: plan.tp }, wide)),
       cos: table(cos),
       sin: table(sin),
       logits: device.allocate(float32, [1, maxRows, plan.vocab.count]),
     };
+    this.#partials = new DevicePartials(device, shape, maxRows, allReduce);
     const { head, layers } = shard;
     this.#embed = device.session(deviceEmbeddingGraph(shape));
     this.#ffn = device.session(deviceFfnGraph(shape, layers[0]!));
@@ -112,8 +113,17 @@ export class DeviceWorkspace {
 
   /** How many numbers of 32 bits a partial of so many rows takes. */
   partialWords(rowCount: number): number {
-    const { config, activations } = this.#shard.shape;
-    return tensorBytes(activations, [rowCount, config.hiddenSize]) / 4;
+    return this.#partials.words(rowCount);
+  }
+
+  /**
+   * The total length that a group's attention is told: of single rows a rounded one, so that what was captured holds for
+   * more than one step. How long each slot is lies on the device.
+   */
+  totalLength({ length }: AttentionGroup, total: number): number {
+    const { lengthStep } = this.#shard.shape;
+    if (length > 1) return total;
+    return Math.min(this.#kv.maxSeqLen, lengthStep * Math.ceil(total / lengthStep));
   }
 
   step(rowCount: number, groups: readonly AttentionGroup[]): StepRuns {
@@ -129,8 +139,8 @@ export class DeviceWorkspace {
   release(): void {
     this.#steps.release();
     this.#heads.release();
-    const { partials, ...others } = this.#buffers;
-    this.#device.release(...partials.flat(), ...Object.values(others));
+    this.#device.release(...Object.values(this.#buffers));
+    this.#partials.release();
     for (const session of this.#attentionSessions.values()) session.release();
     for (const session of [this.#embed, this.#ffn, this.#head, this.#row]) session.release();
   }
@@ -156,18 +166,20 @@ export class DeviceWorkspace {
     const { hiddenSize } = config;
     const made = new Made(device);
     const rows = (whole: DeviceTensor) => made.view(whole, [1, rowCount, hiddenSize]);
-    const partials = this.#buffers.partials.map((ranks) => ranks.map(rows));
+    const partials = this.#partials.bind(made, rowCount);
     const h = {
       zeros: rows(this.#buffers.zeros),
       afterAttention: rows(this.#buffers.afterAttention),
       afterFfn: rows(this.#buffers.afterFfn),
     };
     const session = this.#attentionSession(groups);
-    const positions = made.input(new BigInt64Array(rowCount), [1, rowCount], 'device');
-    const lastPositions = groups.map(({ batch }) =>
-      made.input(new Int32Array(batch), [batch], 'device'),
-    );
-    const totalLengths = groups.map(() => made.input(new Int32Array(1), [1], 'host'));
+    const small = smallArrays(made, device, 'in', [
+      { type: int64, shape: [1, rowCount] },
+      { type: int64, shape: [1, rowCount] },
+      ...groups.map(({ batch }) => ({ type: int32, shape: [batch] })),
+    ]);
+    const [tokens, positions, ...lastPositions] = small.parts;
+    const totalLengths = groups.map(() => made.hostInput(new Int32Array(1), [1]));
     const common = new Map<string, Bound>([
       ['positions', positions.tensor],
       ['cos', this.#buffers.cos],
@@ -175,26 +187,30 @@ export class DeviceWorkspace {
     ]);
     if (groups.length > 1) {
       const counts = BigInt64Array.from(groups, ({ batch, length }) => BigInt(batch * length));
-      const groupRows = made.input(counts, [groups.length], 'host');
+      const groupRows = made.hostInput(counts, [groups.length]);
       common.set('groupRows', groupRows.tensor);
     }
     groups.forEach((_, g) => {
       common.set(`lastPositions.${g}`, lastPositions[g]!.tensor);
       common.set(`totalLength.${g}`, totalLengths[g]!.tensor);
     });
-    const addends = (parity: 0 | 1): [string, Bound][] =>
-      partials[parity]!.map((tensor, rank) => [`partial.${rank}`, tensor]);
+    const addends = (buffer: PartialBuffer): [string, Bound][] =>
+      partials.tensors[buffer]!.map((tensor, rank) => [`partial.${rank}`, tensor]);
+    const own = (buffer: PartialBuffer): [string, Bound] => [
+      'partial',
+      partials.tensors[buffer]![plan.rank]!,
+    ];
     const kv = groups.map((group) => this.#kv.view(group.firstSlot, group.batch));
     const attention = this.#shard.layers.map((layer, l) => {
       const values = new Map<string, Bound>([
         ...common,
         ['h', l === 0 ? h.zeros : h.afterFfn],
-        ...addends(0),
+        ...addends(l === 0 ? partialBuffer.embedding : partialBuffer.ffn),
         ['gamma', layer.attentionNorm],
         ...matrixInputs('qkv', layer.qkv),
         ...matrixInputs('o', layer.o),
         ['newH', h.afterAttention],
-        ['partial', partials[1]![plan.rank]!],
+        own(partialBuffer.attention),
       ]);
       kv.forEach((views, g) => {
         const { keys, values: kept } = views[l]!;
@@ -208,56 +224,50 @@ export class DeviceWorkspace {
         this.#ffn,
         new Map<string, Bound>([
           ['h', h.afterAttention],
-          ...addends(1),
+          ...addends(partialBuffer.attention),
           ['gamma', layer.ffnNorm],
           ...matrixInputs('gate', layer.gate),
           ...matrixInputs('up', layer.up),
           ...matrixInputs('down', layer.down),
           ['newH', h.afterFfn],
-          ['partial', partials[0]![plan.rank]!],
+          own(partialBuffer.ffn),
         ]),
       ),
     );
-    const tokens = made.input(new BigInt64Array(rowCount), [1, rowCount], 'device');
     const embed = made.bind(
       this.#embed,
       new Map<string, Bound>([
         ['table', this.#shard.embedding],
         ['tokens', tokens.tensor],
-        ['partial', partials[0]![plan.rank]!],
+        own(partialBuffer.embedding),
       ]),
     );
-    // As they are, whatever their type.
-    const words = this.partialWords(rowCount);
-    const onHost = this.#allReduce.partials.map((ranks) =>
-      ranks.map(({ buffer, byteOffset }) => new Int32Array(buffer, byteOffset, words)),
-    );
-    const onDevice = this.#buffers.partials.map((ranks) =>
-      ranks.map((whole) => made.words(whole, words)),
-    );
-    const copyIn = (turn: number, parity: number, rank: number) =>
-      made.copy(device.copyIn(onHost[turn]![rank]!, onDevice[parity]![rank]!));
-    const ranks = Array.from({ length: plan.tp }, (_, rank) => rank);
-    const peers = ranks.filter((rank) => rank !== plan.rank);
-    const isAlone = plan.tp === 1;
+    const layers = attention.flatMap((run, l) => [
+      { run, buffer: partialBuffer.attention },
+      { run: ffn[l]!, buffer: partialBuffer.ffn },
+    ]);
+    const parts = [{ run: embed, buffer: partialBuffer.embedding }, ...layers];
+    const isRepeated = isDecode(groups);
+    const segments =
+      isRepeated && plan.tp === 1 && device.capturing.fault === null
+        ? [
+            {
+              launch: made.launch(
+                parts.map(({ run }) => run),
+                true,
+              ),
+              buffer: partialBuffer.ffn,
+            },
+          ]
+        : parts.map(({ run, buffer }) => ({ launch: made.launch([run], isRepeated), buffer }));
     return {
-      tokens,
-      positions,
-      lastPositions,
-      totalLengths,
-      embed,
-      attention,
-      ffn,
-      partialOut: [0, 1].map((turn) =>
-        [0, 1].flatMap((parity) => {
-          if (isAlone) return [];
-          const own = onDevice[parity]![plan.rank]!;
-          return [made.copy(device.copyOut(own, onHost[turn]![plan.rank]!))];
-        }),
-      ),
-      partialsIn: [0, 1].map((turn) =>
-        [0, 1].map((parity) => peers.map((rank) => copyIn(turn, parity, rank))),
-      ),
+      ...{ partials, segments },
+      tokens: tokens.array,
+      positions: positions.array,
+      lastPositions: lastPositions.map(({ array }) => array),
+      totalLengths: totalLengths.map(({ array }) => array),
+      inputs: small.copies,
+      first: [embed, attention[0]!, ffn[0]!],
       release: () => {
         made.release();
       },
@@ -269,29 +279,28 @@ export class DeviceWorkspace {
     const { config, plan, norm, head } = this.#shard;
     const made = new Made(device);
     const rows = (whole: DeviceTensor) => made.view(whole, [1, rowCount, config.hiddenSize]);
-    const sampledRows = made.input(new BigInt64Array(sampledCount), [sampledCount], 'device');
-    const kInput = made.input(BigInt64Array.of(BigInt(k)), [1], 'host');
-    const inverse = new Float32Array(sampledCount);
-    const temperatures = made.input(inverse, [1, sampledCount, 1], 'device');
+    const one = [1, sampledCount, 1];
+    const inputs = smallArrays(made, device, 'in', [
+      { type: int64, shape: [sampledCount] },
+      { type: float32, shape: one },
+    ]);
+    const [sampledRows, temperatures] = inputs.parts;
+    const kInput = made.hostInput(BigInt64Array.of(BigInt(k)), [1]);
     const logits = made.view(this.#buffers.logits, [1, sampledCount, plan.vocab.count]);
-    const result = <T extends TensorArray>(array: T, shape: readonly number[]) => {
-      const type = array instanceof BigInt64Array ? int64 : float32;
-      const tensor = made.allocate(type, shape);
-      return { array, tensor, copy: made.copy(device.copyOut(tensor, array)) };
-    };
-    const shape = [1, sampledCount, k];
-    const topLogits = result(new Float32Array(sampledCount * k), shape);
-    const topPlaces = result(new BigInt64Array(sampledCount * k), shape);
-    const sums = result(new Float32Array(sampledCount), [1, sampledCount, 1]);
-    const temperedSums = result(new Float32Array(sampledCount), [1, sampledCount, 1]);
+    const results = smallArrays(made, device, 'out', [
+      { type: int64, shape: [1, sampledCount, k] },
+      { type: float32, shape: [1, sampledCount, k] },
+      { type: float32, shape: one },
+      { type: float32, shape: one },
+    ]);
+    const [topPlaces, topLogits, sums, temperedSums] = results.parts;
     const run = made.bind(
       this.#head,
       new Map<string, Bound>([
         ['h', rows(this.#buffers.afterFfn)],
-        ...this.#buffers.partials[0]!.map((t, rank): [string, Bound] => [
-          `partial.${rank}`,
-          rows(t),
-        ]),
+        ...this.#partials
+          .views(made, rowCount)
+          [partialBuffer.ffn]!.map((tensor, rank): [string, Bound] => [`partial.${rank}`, tensor]),
         ['sampledRows', sampledRows.tensor],
         ['k', kInput.tensor],
         ['inverseTemperatures', temperatures.tensor],
@@ -304,7 +313,8 @@ export class DeviceWorkspace {
         ['temperedSums', temperedSums.tensor],
       ]),
     );
-    const rowIndex = made.input(new BigInt64Array(1), [1], 'device');
+    const index = smallArrays(made, device, 'in', [{ type: int64, shape: [1] }]);
+    const [rowIndex] = index.parts;
     const picked = made.allocate(float32, [1, 1, plan.vocab.count]);
     const rowLogits = new Float32Array(new ArrayBuffer(4 * plan.vocab.count));
     const row = made.bind(
@@ -316,15 +326,18 @@ export class DeviceWorkspace {
       ]),
     );
     return {
-      sampledRows,
-      inverseTemperatures: temperatures,
+      sampledRows: sampledRows.array,
+      inverseTemperatures: temperatures.array,
+      inputs: inputs.copies,
       run,
+      launch: made.launch([run], true),
       topLogits: topLogits.array,
       topPlaces: topPlaces.array,
       sums: sums.array,
       temperedSums: temperedSums.array,
-      results: [topLogits, topPlaces, sums, temperedSums].map(({ copy }) => copy),
-      rowIndex,
+      results: results.copies,
+      rowIndex: rowIndex.array,
+      rowIn: index.copies,
       row,
       rowLogits,
       rowOut: made.copy(device.copyOut(picked, rowLogits)),
@@ -337,3 +350,7 @@ export class DeviceWorkspace {
 
 const matrixInputs = (name: string, { tensors }: DeviceMatrix): [string, DeviceTensor][] =>
   [...tensors].map(([part, tensor]) => [`${name}.${part}`, tensor]);
+
+/** Whether every slot has one row: such steps come again and again. */
+const isDecode = (groups: readonly AttentionGroup[]): boolean =>
+  groups.length === 1 && groups[0]!.length === 1;

@@ -7,6 +7,7 @@ import type { DeviceKind } from '../model/device-name.js';
 import type { RankPlan } from '../model/plan.js';
 import type { KvForm, LoadProgress, WeightCache } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
+import type { DirectMemory } from './direct-memory.js';
 import type { Pass } from './pass.js';
 import type { WeightsOrigin } from './weight-cache.js';
 
@@ -36,6 +37,10 @@ export interface LoadedShard {
   readonly cachedBytes: number;
   /** Why it was not kept for the next start; empty where it was, or need not be. */
   readonly cacheFault: string;
+  /** Memory of its device that peers can read; null where there is none. */
+  readonly directMemory: DirectMemory | null;
+  /** Why steps that come again are not given to the device as one; empty where they are, or no such device does it. */
+  captureFault(): string;
   /** Bytes that a group's KV cache takes. */
   kvBytes(limits: GroupLimits): number;
   /** Reserves what a group needs. @throws CaravanError `out_of_memory`. */

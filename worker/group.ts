@@ -3,24 +3,32 @@
  */
 import type { Checkpoint } from '../model/checkpoint.js';
 import { CaravanError } from '../proto/errors.js';
-import type { Load } from '../proto/gen/cluster.js';
+import type { Load, Loaded } from '../proto/gen/cluster.js';
 import type { LinkSecurity } from '../proto/link-security.js';
 import { GroupAllReduce, SoloAllReduce, type AllReduce } from './all-reduce.js';
 import type { LoadedShard, OpenPass } from './device.js';
 import { Forward } from './forward.js';
 import type { Lobby } from './lobby.js';
 import { Pacer } from './pacer.js';
-import { meetPeers } from './peers.js';
+import { describePeers, meetPeers } from './peers.js';
+
+export type GroupFigures = Pick<Loaded, 'kvBytes' | 'transport' | 'directFault'>;
 
 export class Group {
   readonly forward: Forward;
-  readonly kvBytes: number;
+  /** What the coordinator is told of it. */
+  readonly figures: GroupFigures;
   readonly #open: OpenPass;
   readonly #allReduce: AllReduce;
 
-  private constructor(forward: Forward, kvBytes: number, open: OpenPass, allReduce: AllReduce) {
+  private constructor(
+    forward: Forward,
+    figures: GroupFigures,
+    open: OpenPass,
+    allReduce: AllReduce,
+  ) {
     this.forward = forward;
-    this.kvBytes = kvBytes;
+    this.figures = figures;
     this.#open = open;
     this.#allReduce = allReduce;
   }
@@ -40,14 +48,16 @@ export class Group {
     const { config, plan } = shard;
     const pacer = new Pacer();
     const capacity = load.maxStepRows * config.hiddenSize;
-    const peers = await meetPeers(load, capacity, lobby, signal, security);
+    const { directMemory } = shard;
+    const peers = await meetPeers(load, capacity, lobby, signal, security, directMemory);
     const allReduce =
       plan.tp === 1
         ? new SoloAllReduce(capacity, pacer)
         : new GroupAllReduce(plan.rank, peers, capacity, load.stepTimeoutMs, pacer);
     try {
       const open = await shard.openPass(load, allReduce);
-      return new Group(new Forward(open.pass, pacer), shard.kvBytes(load), open, allReduce);
+      const figures = { kvBytes: shard.kvBytes(load), ...describePeers(peers) };
+      return new Group(new Forward(open.pass, pacer), figures, open, allReduce);
     } catch (error) {
       allReduce.close();
       throw error;
@@ -61,8 +71,10 @@ export class Group {
 
   /** Leaves the peers and frees the memory. No step may be under way. */
   close(): void {
-    this.#allReduce.close();
+    this.#allReduce.abort(new CaravanError('cancelled', 'the group was dissolved'));
+    // What is bound to the peers' memory goes before it.
     this.#open.release();
+    this.#allReduce.close();
   }
 }
 

@@ -46,6 +46,9 @@ export class HostShard implements LoadedShard {
   #byteAttention: Session | null = null;
   readonly cachedBytes: number;
   readonly cacheFault: string;
+  // Peers read a host's partials in shared memory.
+  readonly directMemory = null;
+  readonly captureFault = (): string => '';
 
   constructor(
     ort: Ort,

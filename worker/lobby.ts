@@ -2,6 +2,7 @@
  * Where calls of peers wait for the group that they name: a peer can be ready before us.
  */
 import { Metadata, status, type ServerWritableStream } from '@grpc/grpc-js';
+import type { DirectWord } from './direct-exchange.js';
 import type { Membership } from '../proto/gen/cluster.js';
 
 /** A peer's call for our partials, on which we write them encoded. */
@@ -36,12 +37,12 @@ export class Lobby {
   }
 
   /**
-   * Waits for the call of one peer and takes it into the group, telling it where we live and the name of our
-   * shared memory, if any. @throws the signal's reason.
+   * Waits for the call of one peer and takes it into the group, telling it where we live, the name of our
+   * shared memory and the handle of our device's, if any. @throws the signal's reason.
    */
   async meet(
     membership: Pick<Membership, 'group' | 'rank'>,
-    own: { readonly host: string; readonly segment: string },
+    own: { readonly host: string; readonly segment: string; readonly direct: DirectWord },
     signal: AbortSignal,
   ): Promise<PeerCall> {
     const key = keyOf(membership);
@@ -51,6 +52,8 @@ export class Lobby {
     const metadata = new Metadata();
     metadata.set('caravan-host', own.host);
     metadata.set('caravan-segment', own.segment);
+    metadata.set('caravan-direct', own.direct.handle);
+    metadata.set('caravan-direct-fault', own.direct.fault.replace(/[^ -~]/g, '?'));
     call.sendMetadata(metadata);
     return call;
   }

@@ -11,6 +11,7 @@ import type { OrtApi } from './ort-api.js';
 import type { TensorArray } from './ort.js';
 import { DeviceSession, type BoundRun } from './ort-binding.js';
 import { appendProvider, explain, type Provider } from './ort-provider.js';
+import { Capturing } from './device-launch.js';
 import type { CudaRuntime } from './ort-cuda.js';
 
 /** A tensor in device memory, or a view of one. */
@@ -53,6 +54,8 @@ export class OrtDevice {
   readonly provider: Provider;
   readonly traffic: Traffic = { toDevice: 0, toHost: 0, ms: 0 };
   readonly runOptions: bigint;
+  /** Whether runs that come again are given to the device as one. */
+  readonly capturing: Capturing;
   readonly #ort: Ort;
   readonly #memory: bigint;
   readonly #allocator: bigint;
@@ -63,12 +66,21 @@ export class OrtDevice {
   readonly #copiers = new Map<string, DeviceSession>();
   readonly #converters = new Map<string, DeviceSession>();
 
-  /** @throws CaravanError `bad_usage` when the device is not there, saying how to mend it. */
-  constructor(ort: Ort, provider: Provider, cuda: CudaRuntime | null = null) {
+  /**
+   * @param capturing not at all if it is left out.
+   * @throws CaravanError `bad_usage` when the device is not there, saying how to mend it.
+   */
+  constructor(
+    ort: Ort,
+    provider: Provider,
+    cuda: CudaRuntime | null = null,
+    capturing = new Capturing(null, 'this device has no graphs'),
+  ) {
     const { api } = ort;
     this.#ort = ort;
     this.provider = provider;
     this.#cuda = cuda;
+    this.capturing = capturing;
     this.runOptions = api.create('CreateRunOptions');
     if (cuda !== null) {
       // All sessions share our stream: what is needed on the host is waited for there.
@@ -138,6 +150,11 @@ export class OrtDevice {
   ): DeviceTensor {
     if (byteOffset > 0 && !this.provider.hasOffsets) throw new Error('handles have no offsets');
     return this.#tensorAt(base.address + BigInt(byteOffset), type, shape);
+  }
+
+  /** A tensor over memory of the device that is not ours to free. */
+  over(address: bigint, type: ElementType, shape: readonly number[]): DeviceTensor {
+    return this.#tensorAt(address, type, shape);
   }
 
   /** A tensor over our own array. */

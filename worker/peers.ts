@@ -1,6 +1,7 @@
 /**
  * How the ranks of a group meet: each calls each other, says on which host it lives, and hears the same. Ranks of
- * one host show each other their partials in shared memory; the streams between them only tell when one is gone.
+ * one host show each other their partials in shared memory, or on their devices; the streams between them only tell when
+ * one is gone.
  */
 import { Client, type ClientReadableStream } from '@grpc/grpc-js';
 import { CaravanError } from '../proto/errors.js';
@@ -13,6 +14,8 @@ import { Transport, type DeviceKind, type Load, type RankPartial } from '../prot
 import { keepaliveOptions } from '../proto/keepalive.js';
 import type { Lobby, PeerCall } from './lobby.js';
 import { decodePartial, partialsMethod } from './partial-codec.js';
+import { DirectNegotiation, type DirectExchange, type DirectWord } from './direct-exchange.js';
+import type { DirectMemory } from './direct-memory.js';
 import { sharedMemoryHost, SharedSegment } from './shared-memory.js';
 
 /** What joins us to a peer: a stream it sends on, one we send on, and its segment if we share a host. */
@@ -27,6 +30,20 @@ export interface Peers {
   readonly links: readonly (PeerLink | null)[];
   /** Ours, if any peer shares our host. */
   readonly segment: SharedSegment | null;
+  /** Whether partials stay on the devices. */
+  readonly direct: DirectExchange;
+}
+
+/** How partials go, in words, and why not on the devices. */
+export function describePeers({ links, direct }: Peers) {
+  const others = links.flatMap((link) => (link === null ? [] : [link]));
+  const isNear = others.some(({ segment }) => segment !== null);
+  const isFar = others.some(({ segment }) => segment === null);
+  const ways = [isNear ? 'shm' : [], isFar ? 'grpc' : []].flat();
+  return {
+    transport: direct.partials === null ? ways.join(' and ') : 'direct',
+    directFault: direct.fault,
+  };
 }
 
 /** Options of every stream between ranks: large messages, large windows, dead peers noticed. */
@@ -45,7 +62,8 @@ const RETRY_MS = 100;
  * Calls every peer and waits for the calls of all.
  *
  * @param capacity elements of the largest partial.
- * @throws CaravanError `rank_unavailable`, `invalid_request` when shared memory is demanded and cannot be had, or
+ * @param memory of our device that peers could read; null where it has none.
+ * @throws CaravanError `rank_unavailable`, `invalid_request` when shared or direct memory is demanded and cannot be had, or
  *   the signal's reason.
  */
 export async function meetPeers(
@@ -54,20 +72,29 @@ export async function meetPeers(
   lobby: Lobby,
   signal: AbortSignal,
   security: LinkSecurity | null = null,
+  memory: DirectMemory | null = null,
 ): Promise<Peers> {
   const { peers, group, rank, transport } = load;
+  if (peers.length === 1) {
+    return { links: [null], segment: null, direct: { partials: null, fault: '' } };
+  }
   const segment = openOwnSegment(load, capacity);
   const host = segment === null ? '' : sharedMemoryHost()!;
   const mapped: SharedSegment[] = [];
+  const negotiation = new DirectNegotiation(load, capacity, memory, segment !== null);
+  const words = peers.map((): DirectWord => negotiation.word);
   try {
     const links = await Promise.all(
       peers.map(async (address, peer): Promise<PeerLink | null> => {
         if (peer === rank) return null;
+        const own = { host, segment: segment?.name ?? '', direct: negotiation.word };
         const [called, outgoing] = await Promise.all([
           callPeer(address, { group, rank, host }, load.device, signal, security),
-          lobby.meet({ group, rank: peer }, { host, segment: segment?.name ?? '' }, signal),
+          lobby.meet({ group, rank: peer }, own, signal),
         ]);
         const { incoming, itsHost, itsSegment } = called;
+        words[peer] = called.itsDirect;
+        negotiation.hear(peer, called.itsDirect);
         if (host === '' || itsHost !== host) {
           if (transport === Transport.TRANSPORT_SHM) {
             throw new CaravanError(
@@ -82,10 +109,15 @@ export async function meetPeers(
         return { incoming, outgoing, segment: shared };
       }),
     );
-    if (mapped.length > 0) return { links, segment };
+    const offers = links.map((link, peer) =>
+      link === null ? null : { segment: link.segment, ...words[peer]! },
+    );
+    const direct = await negotiation.agree(offers, segment, signal);
+    if (mapped.length > 0) return { links, segment, direct };
     segment?.close();
-    return { links, segment: null };
+    return { links, segment: null, direct };
   } catch (error) {
+    negotiation.close();
     for (const shared of mapped) shared.close();
     segment?.close();
     throw error;
@@ -118,6 +150,7 @@ interface Called {
   readonly incoming: ClientReadableStream<RankPartial>;
   readonly itsHost: string;
   readonly itsSegment: string;
+  readonly itsDirect: DirectWord;
 }
 
 type Caller = Parameters<(typeof partialsMethod)['requestSerialize']>[0];
@@ -181,6 +214,7 @@ async function callOnce(
         incoming: call,
         itsHost: said('caravan-host'),
         itsSegment: said('caravan-segment'),
+        itsDirect: { handle: said('caravan-direct'), fault: said('caravan-direct-fault') },
       });
     });
     call.on('error', (error: Error) => {

@@ -194,7 +194,8 @@ export class RankServer {
     const { vocab } = shard.shard.plan;
     const loaded = {
       weightBytes: shard.shard.weightBytes,
-      kvBytes: group.kvBytes,
+      ...group.figures,
+      captureFault: shard.shard.captureFault(),
       bytesRead: shard.bytesRead,
       vocabStart: vocab.start,
       vocabCount: vocab.count,

@@ -1,7 +1,8 @@
 /**
  * Memory that the ranks of one host share: a file in /dev/shm, mapped by its owner and by every peer.
  *
- *   header (4096 bytes)   int32 [0] partials written so far; [1], [2] elements of the last, by turn
+ *   header (4096 bytes)   int32 [0] partials written so far; [1], [2] elements of the last, by turn;
+ *                         [3] 1 + bytes of what the owner has declared, [4]… its text
  *   turn 0                float32 (capacity), from byte 4096
  *   turn 1                float32 (capacity), from the next multiple of 4096
  *
@@ -19,6 +20,8 @@ const FOLDER = '/dev/shm';
 const NAME = /^caravan-[0-9a-f-]{1,64}-\d{1,4}$/;
 const HEADER_BYTES = 4096;
 const PAGE_BYTES = 4096;
+const DECLARED_AT = 16;
+const MOST_DECLARED_BYTES = 1024;
 
 const PROT_READ_WRITE = 3;
 const MAP_SHARED = 1;
@@ -188,6 +191,23 @@ export class SharedSegment {
     this.#header[1 + turn] = count;
     Atomics.store(this.#header, 0, sequence | 0);
     libC().futex(libC().futexNumber, this.#address, FUTEX_WAKE, EVERYBODY, null, null, 0);
+  }
+
+  /** Tells the others one line, once: how it is with us before the first partial. */
+  declare(text: string): void {
+    const bytes = new TextEncoder().encode(text).subarray(0, MOST_DECLARED_BYTES);
+    const { buffer, byteOffset } = this.#header;
+    new Uint8Array(buffer, byteOffset + DECLARED_AT, bytes.length).set(bytes);
+    Atomics.store(this.#header, 3, 1 + bytes.length);
+  }
+
+  /** What the owner has declared; null before. */
+  declared(): string | null {
+    const length = Atomics.load(this.#header, 3) - 1;
+    if (length < 0) return null;
+    const { buffer, byteOffset } = this.#header;
+    const most = Math.min(length, MOST_DECLARED_BYTES);
+    return new TextDecoder().decode(new Uint8Array(buffer, byteOffset + DECLARED_AT, most));
   }
 
   /** Whether that many partials have been shown. */

@@ -26,11 +26,13 @@ export const protobufFileName = "cluster.proto";
 
 /** How ranks exchange partials. */
 export const Transport = {
-  /** TRANSPORT_UNSPECIFIED - Shared memory between ranks of one host, gRPC between hosts. */
+  /** TRANSPORT_UNSPECIFIED - On the devices if all can read each other's memory; else shared memory between ranks of one host, gRPC between hosts. */
   TRANSPORT_UNSPECIFIED: 0,
   TRANSPORT_GRPC: 1,
   /** TRANSPORT_SHM - Shared memory or nothing. */
   TRANSPORT_SHM: 2,
+  /** TRANSPORT_DIRECT - On the devices, which read each other's memory, or nothing. */
+  TRANSPORT_DIRECT: 3,
   UNRECOGNIZED: -1,
 } as const;
 
@@ -40,6 +42,7 @@ export namespace Transport {
   export type TRANSPORT_UNSPECIFIED = typeof Transport.TRANSPORT_UNSPECIFIED;
   export type TRANSPORT_GRPC = typeof Transport.TRANSPORT_GRPC;
   export type TRANSPORT_SHM = typeof Transport.TRANSPORT_SHM;
+  export type TRANSPORT_DIRECT = typeof Transport.TRANSPORT_DIRECT;
   export type UNRECOGNIZED = typeof Transport.UNRECOGNIZED;
 }
 
@@ -222,6 +225,12 @@ export interface Loaded {
   cacheFault: string;
   /** The rank's device, as in --device. */
   device: string;
+  /** How this rank's partials go: `direct`, `shm`, `grpc`, `shm and grpc`; empty for a lone rank. */
+  transport: string;
+  /** Why not on the devices, in a line; empty where they do, or where it was not asked for. */
+  directFault: string;
+  /** Why the device is not given steps that come again as one launch (CUDA's graphs); empty where it is. */
+  captureFault: string;
 }
 
 /**
@@ -1081,6 +1090,9 @@ function createBaseLoaded(): Loaded {
     cachedBytes: 0,
     cacheFault: "",
     device: "",
+    transport: "",
+    directFault: "",
+    captureFault: "",
   };
 }
 
@@ -1112,6 +1124,15 @@ export const Loaded: MessageFns<Loaded> = {
     }
     if (message.device !== "") {
       writer.uint32(66).string(message.device);
+    }
+    if (message.transport !== "") {
+      writer.uint32(74).string(message.transport);
+    }
+    if (message.directFault !== "") {
+      writer.uint32(82).string(message.directFault);
+    }
+    if (message.captureFault !== "") {
+      writer.uint32(90).string(message.captureFault);
     }
     return writer;
   },
@@ -1199,6 +1220,30 @@ export const Loaded: MessageFns<Loaded> = {
             }
 
             message.device = reader.string();
+            continue;
+          }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.transport = reader.string();
+            continue;
+          }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.directFault = reader.string();
+            continue;
+          }
+          case 11: {
+            if (tag !== 90) {
+              break;
+            }
+
+            message.captureFault = reader.string();
             continue;
           }
         }
@@ -2710,7 +2755,8 @@ export const PeerService = {
    * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
    * can choose the flow-control window that lets megabytes through at once. The answering rank sends
    * its initial metadata when it has taken the caller into the group: `caravan-host` as in Membership, and
-   * `caravan-segment`, the name of its shared memory. Between ranks that share memory no message is sent.
+   * `caravan-segment`, the name of its shared memory, and `caravan-direct`, the handle of its device's memory (base64), each
+   * empty where there is none; `caravan-direct-fault` says why not, if it is known. Between ranks that share memory no message is sent.
    */
   partials: {
     path: "/caravan.cluster.v1.Peer/Partials" as const,
@@ -2729,7 +2775,8 @@ export interface PeerServer extends UntypedServiceImplementation {
    * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
    * can choose the flow-control window that lets megabytes through at once. The answering rank sends
    * its initial metadata when it has taken the caller into the group: `caravan-host` as in Membership, and
-   * `caravan-segment`, the name of its shared memory. Between ranks that share memory no message is sent.
+   * `caravan-segment`, the name of its shared memory, and `caravan-direct`, the handle of its device's memory (base64), each
+   * empty where there is none; `caravan-direct-fault` says why not, if it is known. Between ranks that share memory no message is sent.
    */
   partials: handleServerStreamingCall<Membership, RankPartial>;
 }
@@ -2740,7 +2787,8 @@ export interface PeerClient extends Client {
    * lives. Every rank calls every other: the receiver of a stream is its caller, because only a caller
    * can choose the flow-control window that lets megabytes through at once. The answering rank sends
    * its initial metadata when it has taken the caller into the group: `caravan-host` as in Membership, and
-   * `caravan-segment`, the name of its shared memory. Between ranks that share memory no message is sent.
+   * `caravan-segment`, the name of its shared memory, and `caravan-direct`, the handle of its device's memory (base64), each
+   * empty where there is none; `caravan-direct-fault` says why not, if it is known. Between ranks that share memory no message is sent.
    */
   partials(request: Membership, options?: Partial<CallOptions>): ClientReadableStream<RankPartial>;
   partials(request: Membership, metadata?: Metadata, options?: Partial<CallOptions>): ClientReadableStream<RankPartial>;

@@ -1,0 +1,189 @@
+/**
+ * Ranks that read each other's partials on their devices. Here the devices are host memory that processes share: of a GPU's
+ * only the way to open it differs. Same sums as through the host, nothing copied, all of a group or none of it.
+ */
+import assert from 'node:assert/strict';
+import { fork, type ChildProcess } from 'node:child_process';
+import { once } from 'node:events';
+import fs from 'node:fs';
+import { after, test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import type { Config } from '../coordinator/config.js';
+import { evaluate } from '../coordinator/evaluation.js';
+import { planGroup } from '../coordinator/group-spec.js';
+import { Ranks } from '../coordinator/ranks.js';
+import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
+import type { DeviceKind } from '../model/device-name.js';
+import { CaravanError } from '../proto/errors.js';
+import { SampledRows, type Step } from '../proto/gen/cluster.js';
+import { readTinyGolden } from './golden.js';
+import type { DirectFault } from './host-memory-rank.js';
+
+interface RankProcess {
+  readonly child: ChildProcess;
+  readonly address: string;
+}
+
+const started: RankProcess[] = [];
+after(() => {
+  for (const { child } of started) child.kill('SIGKILL');
+});
+
+async function start(kind: DeviceKind, fault: DirectFault = 'none'): Promise<RankProcess> {
+  const child = fork(fileURLToPath(new URL('host-memory-rank.js', import.meta.url)), [kind, fault]);
+  const [message] = (await once(child, 'message')) as [{ address: string }];
+  const rank = { child, address: message.address };
+  started.push(rank);
+  return rank;
+}
+
+const checkpoint = openCheckpoint(embeddedModelPath());
+const limits = { maxSeqLen: 192, maxBatchSize: 2, maxStepRows: 64 };
+
+async function withGroup<T>(
+  processes: readonly RankProcess[],
+  device: DeviceKind,
+  own: { weights: Config['weights']; transport: Config['transport'] },
+  use: (ranks: Ranks) => Promise<T>,
+): Promise<T> {
+  const terms = { ...limits, ...own, device, exact: false };
+  const { spec } = planGroup(checkpoint, processes.length, terms);
+  const ranks = await Ranks.connect(
+    processes.map(({ address }) => address),
+    spec,
+  );
+  try {
+    return await use(ranks);
+  } finally {
+    ranks.close();
+  }
+}
+
+const noStep: Omit<Step, 'number'> = {
+  ...{ joins: [], decodeSlots: [], decodeTokens: [], chunks: [] },
+  topK: 2,
+};
+const prompt = (tokens: readonly number[]) => ({
+  joins: [{ slot: 0, temperature: 0 }],
+  chunks: [
+    {
+      ...{ slot: 0, tokens: [...tokens], targets: [] },
+      sampledRows: SampledRows.SAMPLED_ROWS_LAST,
+    },
+  ],
+});
+
+/** Blocks that a process has mapped, by the name that they had. */
+const blocksOf = ({ child }: RankProcess): string[] => [
+  ...new Set(
+    fs
+      .readFileSync(`/proc/${child.pid!}/maps`, 'utf8')
+      .split('\n')
+      .flatMap((line) => /direct-\d+-\d+/.exec(line)?.[0] ?? []),
+  ),
+];
+
+void test('the golden text, and no partial is copied', async () => {
+  const processes = await Promise.all([start('webgpu'), start('webgpu')]);
+  const own = { weights: 'fp32', transport: 'auto' } as const;
+  await withGroup(processes, 'webgpu', own, async (ranks) => {
+    for (const { transport, directFault } of ranks.loaded) {
+      assert.deepEqual({ transport, directFault }, { transport: 'direct', directFault: '' });
+    }
+    assert.deepEqual(
+      processes.map((rank) => blocksOf(rank).length),
+      [2, 2],
+    );
+    const golden = readTinyGolden()[0]!;
+    const ids: number[] = [];
+    let results = await ranks.forward({ ...noStep, ...prompt(golden.promptIds), number: 1 });
+    for (let number = 2; ids.length < golden.ids.length; number += 1) {
+      const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
+      ids.push(best.topIds[0]!);
+      const decode = { decodeSlots: [0], decodeTokens: [ids.at(-1)!] };
+      results = await ranks.forward({ ...noStep, ...decode, number });
+      for (const { bytesToDevice, bytesToHost } of results) {
+        // Token, position, last position, sampled row, inverse temperature; two logits and their places, two sums.
+        assert.equal(bytesToDevice, 8 + 8 + 4 + 8 + 4);
+        assert.equal(bytesToHost, 2 * (4 + 8) + 2 * 4);
+      }
+    }
+    assert.deepEqual(ids, golden.ids);
+  });
+});
+
+void test('the same logits as through the host, bit for bit, group after group', async () => {
+  const processes = await Promise.all([0, 1, 2].map(() => start('cuda')));
+  const tokens = Array.from({ length: 70 }, (_, i) => 3 + ((i * 41) % 900));
+  const positions = [0, 31, 69];
+  const logitsOver = (transport: Config['transport'], tp: number) =>
+    withGroup(processes.slice(0, tp), 'cuda', { weights: 'fp16', transport }, async (ranks) => {
+      const used = transport === 'auto' ? 'direct' : transport;
+      assert.deepEqual(new Set(ranks.loaded.map((rank) => rank.transport)), new Set([used]));
+      const { logits } = await evaluate(ranks, tokens, 23, positions, limits.maxSeqLen);
+      return positions.map((position) => logits.get(position)!);
+    });
+  for (const tp of [2, 3]) {
+    const direct = await logitsOver('direct', tp);
+    assert.deepEqual(direct, await logitsOver('shm', tp));
+    assert.deepEqual(direct, await logitsOver('auto', tp));
+  }
+});
+
+for (const [fault, reason] of [
+  ['shares-none', /rank 1 shares none of its memory: .*it shares none$/],
+  ['opens-none', /rank 1 cannot read rank 0's memory: .*peer access is not supported$/],
+  ['reads-zeros', /rank 1 reads something else than rank 0 has written$/],
+] as const) {
+  void test(`${fault}: all of the group go through shared memory, and --transport direct is refused`, async () => {
+    const processes = [await start('webgpu'), await start('webgpu', fault)];
+    const weights = 'fp32';
+    await withGroup(processes, 'webgpu', { weights, transport: 'auto' }, async (ranks) => {
+      for (const { transport, directFault } of ranks.loaded) {
+        assert.equal(transport, 'shm');
+        assert.match(directFault, reason);
+      }
+      const golden = readTinyGolden()[0]!;
+      const results = await ranks.forward({ ...noStep, ...prompt(golden.promptIds), number: 1 });
+      const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
+      assert.equal(best.topIds[0], golden.ids[0]);
+      // Nobody keeps what could not be used.
+      assert.deepEqual(blocksOf(processes[0]!), []);
+    });
+    await assert.rejects(
+      withGroup(processes, 'webgpu', { weights, transport: 'direct' }, () => Promise.resolve()),
+      (error) =>
+        error instanceof CaravanError &&
+        error.code === 'invalid_request' &&
+        error.message.includes('--transport direct: rank 1') &&
+        reason.test(error.message),
+    );
+  });
+}
+
+void test("a peer that is killed ends the group; its memory is let go, and the next group has others'", async () => {
+  const processes = await Promise.all([start('webgpu'), start('webgpu')]);
+  const [survivor, victim] = processes as [RankProcess, RankProcess];
+  const own = { weights: 'fp32', transport: 'direct' } as const;
+  await withGroup(processes, 'webgpu', own, async (ranks) => {
+    victim.child.kill('SIGSTOP');
+    const step = ranks.forward({ ...noStep, ...prompt([5, 6, 7]), number: 1 });
+    const gone = once(victim.child, 'exit');
+    victim.child.kill('SIGKILL');
+    await assert.rejects(step, (e) => e instanceof CaravanError && e.code === 'rank_failed');
+    await gone;
+  });
+  const next = [survivor, await start('webgpu')];
+  await withGroup(next, 'webgpu', own, async (ranks) => {
+    const golden = readTinyGolden()[0]!;
+    const results = await ranks.forward({ ...noStep, ...prompt(golden.promptIds), number: 1 });
+    const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
+    assert.equal(best.topIds[0], golden.ids[0]);
+    assert.ok(blocksOf(survivor).every((name) => !name.includes(`-${victim.child.pid!}-`)));
+    assert.equal(blocksOf(survivor).length, 2);
+  });
+  // What a killed process has left has a name.
+  for (const file of fs.readdirSync('/dev/shm')) {
+    if (file.startsWith(`direct-${victim.child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
+  }
+});

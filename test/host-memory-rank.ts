@@ -1,0 +1,83 @@
+/**
+ * A rank that computes the graphs of a GPU in host memory, through the same bindings, and reads its peers' partials where
+ * they lie: in memory that this host's processes share, as GPUs' do through CUDA's handles.
+ *
+ *   fork(host-memory-rank.js, [KIND, FAULT]) sends { address } when it listens
+ *
+ * FAULT: `none`; `shares-none`, `opens-none`; `reads-zeros`, for memory that can be opened and is not read right.
+ */
+import fs from 'node:fs';
+import koffi from 'koffi';
+import type { DeviceKind } from '../model/device-name.js';
+import { BoundDevice } from '../worker/bound-device.js';
+import type { DirectBlock, DirectMemory } from '../worker/direct-memory.js';
+import { Ort } from '../worker/ort.js';
+import { RankServer } from '../worker/service.js';
+
+export type DirectFault = 'none' | 'shares-none' | 'opens-none' | 'reads-zeros';
+
+const libc = koffi.load('libc.so.6');
+const mmap = libc.func('void* mmap(void*, size_t, int, int, int, long)') as (
+  ...args: unknown[]
+) => bigint;
+const munmap = libc.func('int munmap(void*, size_t)') as (...args: unknown[]) => number;
+const READ_WRITE = 3;
+const SHARED = 1;
+
+/** Blocks are files in /dev/shm that lose their names once all peers have had time to open them: at the end. */
+class HostDirectMemory implements DirectMemory {
+  readonly #fault: DirectFault;
+  #made = 0;
+
+  constructor(fault: DirectFault) {
+    this.#fault = fault;
+  }
+
+  share(byteCount: number): DirectBlock {
+    if (this.#fault === 'shares-none') throw new Error('it shares none');
+    this.#made += 1;
+    const file = `/dev/shm/direct-${process.pid}-${this.#made}`;
+    fs.writeFileSync(file, new Uint8Array(byteCount));
+    const block = this.#map(file, byteCount);
+    return {
+      ...block,
+      close: () => {
+        fs.rmSync(file, { force: true });
+        block.close();
+      },
+    };
+  }
+
+  open(handle: string, byteCount: number): DirectBlock {
+    if (this.#fault === 'opens-none') throw new Error('peer access is not supported');
+    return this.#map(handle, byteCount);
+  }
+
+  write(address: bigint, bytes: Uint8Array): void {
+    new Uint8Array(koffi.view(address, bytes.length)).set(bytes);
+  }
+
+  read(address: bigint, byteCount: number): Uint8Array {
+    if (this.#fault === 'reads-zeros') return new Uint8Array(byteCount);
+    return new Uint8Array(koffi.view(address, byteCount)).slice();
+  }
+
+  #map(file: string, byteCount: number): DirectBlock {
+    const descriptor = fs.openSync(file, 'r+');
+    const address = mmap(null, byteCount, READ_WRITE, SHARED, descriptor, 0);
+    fs.closeSync(descriptor);
+    return { address, handle: file, close: () => void munmap(address, byteCount) };
+  }
+}
+
+const [kind, fault] = process.argv.slice(2) as [DeviceKind, DirectFault];
+const silent = { info: () => undefined, warn: () => undefined };
+const device = new BoundDevice(
+  new Ort(1),
+  { kind: 'cpu' },
+  { kind, attentionRows: 64, directMemory: new HostDirectMemory(fault) },
+);
+const server = new RankServer(device, silent);
+const port = await server.listen('127.0.0.1:0');
+process.on('disconnect', () => process.exit(0));
+process.send?.({ address: `127.0.0.1:${port}` });
