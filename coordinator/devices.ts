@@ -1,6 +1,6 @@
 /** What this machine has to compute on: found out by starting a rank there. */
 import fs from 'node:fs';
-import { deviceOfRank } from '../model/device-name.js';
+import { deviceOfRank, parseDevice } from '../model/device-name.js';
 import { toCaravanError } from '../proto/errors.js';
 import { startLocalRank, stopLocalRank, type LocalRank } from './local-ranks.js';
 
@@ -10,6 +10,7 @@ export interface DeviceReport {
   readonly fault: string | null;
   /** Of its own memory; null where it has none, or it cannot be known. */
   readonly memory: LocalRank['memory'];
+  readonly readablePeers: LocalRank['readablePeers'];
 }
 
 /** The devices of `tp` ranks under this --device, each once. */
@@ -32,9 +33,31 @@ export async function probeDevice(device: string): Promise<DeviceReport> {
   try {
     const rank = await startLocalRank({ threads: 1, device, logLevel: 'silent' });
     await stopLocalRank(rank);
-    return { device, fault: null, memory: rank.memory };
+    const { memory, readablePeers } = rank;
+    return { device, fault: null, memory, readablePeers };
   } catch (error) {
     const { message } = toCaravanError(error);
-    return { device, fault: message.replace(/^a rank process did not start: /, ''), memory: null };
+    const fault = message.replace(/^a rank process did not start: /, '');
+    return { device, fault, memory: null, readablePeers: null };
   }
+}
+
+/**
+ * Of the ranks of one machine, the first two whose GPUs cannot read each other's memory: the first cannot read the second's.
+ *
+ * @returns null where all can.
+ */
+export function unreadablePair(
+  devices: readonly string[],
+  reports: readonly DeviceReport[],
+): readonly [reader: string, owner: string] | null {
+  for (const reader of devices) {
+    const readable = reports.find(({ device }) => device === reader)?.readablePeers ?? [];
+    const owner = devices.find((name) => {
+      const device = parseDevice(name);
+      return device.kind !== 'cuda' || !readable.includes(device.index);
+    });
+    if (owner !== undefined) return [reader, owner];
+  }
+  return null;
 }

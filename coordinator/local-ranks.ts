@@ -19,6 +19,8 @@ export interface LocalRank {
   readonly address: string;
   /** Of the device's own memory; null where it has none, or it cannot be known. */
   readonly memory: { readonly freeBytes: number; readonly totalBytes: number } | null;
+  /** Numbers of the devices of its kind whose memory it can read; null where that cannot be, or be known. */
+  readonly readablePeers: readonly number[] | null;
   readonly process: ChildProcess;
 }
 
@@ -37,7 +39,7 @@ const noLinkVariables = Object.fromEntries(Object.values(linkVariables).map((nam
 
 /** What a rank process says first. */
 type RankStart =
-  | ({ readonly type: 'ready' } & Pick<LocalRank, 'address' | 'memory'>)
+  | ({ readonly type: 'ready' } & Pick<LocalRank, 'address' | 'memory' | 'readablePeers'>)
   | { readonly type: 'failed'; readonly message: string };
 
 /**
@@ -83,8 +85,8 @@ export async function startLocalRank(options: LocalRankOptions): Promise<LocalRa
       clearTimeout(timer);
       child.removeAllListeners('error');
       child.removeAllListeners('exit');
-      const { address, memory } = message;
-      resolve({ address, memory, process: child });
+      const { address, memory, readablePeers } = message;
+      resolve({ address, memory, readablePeers, process: child });
     });
   });
 }

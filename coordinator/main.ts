@@ -179,9 +179,13 @@ export async function runCoordinator(
         if (!isReady) options.onReady(card);
         isReady = true;
         log.info(
-          { model: card.name, weights, tp: options.ranks.length, engine: engineId },
+          {
+            ...{ model: card.name, weights, tp: options.ranks.length, engine: engineId },
+            ...(ranks.transport === '' ? {} : { transport: ranks.transport }),
+          },
           'serving',
         );
+        for (const note of ranks.notes) log.info(note);
         const engine = new RankEngine(ranks, tokenizer, {
           ...spec,
           isExact: options.isExact,

@@ -137,6 +137,20 @@ export class Ranks {
     return [...this.#warnings, ...new Set(faults)];
   }
 
+  /** How partials go between ranks; empty for a lone one. */
+  get transport(): string {
+    return [...new Set(this.loaded.map(({ transport }) => transport))].join(', ');
+  }
+
+  /** What could be quicker, and why it is not: a line for each reason. */
+  get notes(): string[] {
+    const lines = this.loaded.flatMap(({ directFault, captureFault }) => [
+      directFault === '' ? [] : [`partials do not stay on the devices: ${directFault}`],
+      captureFault === '' ? [] : [`no CUDA graphs: ${captureFault}`],
+    ]);
+    return [...new Set(lines.flat())];
+  }
+
   /** Resolves, with the reason, when any rank is lost. */
   get lost(): Promise<CaravanError> {
     return Promise.race(this.#links.map((link) => link.lost));

@@ -77,7 +77,7 @@ export const settingTable = {
   transport: defaulted('auto', {
     argument: '<transport>',
     description:
-      "how ranks exchange partials: direct (GPUs of one host, which read each other's), shm between those of one host, grpc, or auto",
+      'how ranks exchange partials: direct (GPU to GPU), shm (on one host), grpc, or auto',
     rule: 'one of auto, grpc, shm, direct',
     schema: z.enum(['auto', 'grpc', 'shm', 'direct']),
   }),

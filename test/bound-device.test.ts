@@ -12,6 +12,7 @@ import { openCheckpoint } from '../model/checkpoint.js';
 import { CaravanError } from '../proto/errors.js';
 import { SampledRows, type Step } from '../proto/gen/cluster.js';
 import { SESSION_BYTES } from '../worker/bound-device.js';
+import type { Capturer } from '../worker/device-launch.js';
 import { withHostMemoryDevices } from './device-ranks.js';
 import { Oracle, prefill } from './oracle.js';
 import { Random } from './random.js';
@@ -147,6 +148,63 @@ void test('a slot that begins with a copy of another one goes on as that one doe
       const most = distance(await ranks.fetchRow(2, 0), expected);
       assert.ok(most < tolerance, `${kind}: ${most}`);
     });
+  }
+});
+
+void test('decodes that come again are launched as one, and give the same logits, bit for bit', async () => {
+  const folder = path.join(scratch, 'captured');
+  const config = {
+    ...{ hiddenSize: 64, ffnSize: 96, layerCount: 3, headCount: 4, kvHeadCount: 2, headSize: 16 },
+    ...{ vocabSize: 101, maxPositions: 640, normEps: 1e-5, ropeTheta: 10_000, isHeadTied: false },
+  };
+  writeRandomCheckpoint(folder, { config, seed: 4, format: 'F32', shardCount: 1 });
+  const tokens = Array.from({ length: 252 }, (_, i) => (11 * i) % 101);
+  const decodesOf = async (tp: number, capturer?: Capturer): Promise<Float32Array[]> => {
+    const limits = {
+      maxSeqLen: 640,
+      maxBatchSize: 2,
+      maxStepRows: 256,
+      tp,
+      weights: 'fp16',
+    } as const;
+    const own = capturer === undefined ? limits : { ...limits, capturer };
+    return withHostMemoryDevices(folder, 'cuda', own, async (ranks) => {
+      const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
+      const joins = [0, 1].map((slot) => ({ slot, temperature: 0 }));
+      const chunks = [{ slot: 0, tokens, sampledRows, targets: [] }];
+      await ranks.forward({ ...noStep, number: 1, joins, chunks });
+      const rows: Float32Array[] = [];
+      // Alone, past a length of 256, beside another one from its first token on, and alone again.
+      const slots = [...Array<number[]>(8).fill([0]), ...Array<number[]>(5).fill([0, 1]), [0]];
+      for (const [i, decodeSlots] of slots.entries()) {
+        const decodeTokens = decodeSlots.map((slot) => (3 * i + slot) % 101);
+        await ranks.forward({ ...noStep, number: i + 2, decodeSlots, decodeTokens });
+        rows.push(await ranks.fetchRow(i + 2, decodeSlots.length - 1));
+      }
+      return rows;
+    });
+  };
+  for (const tp of [1, 2]) {
+    const counts = { captured: 0, launched: 0, released: 0 };
+    const capturer: Capturer = {
+      capture: (issue) => {
+        counts.captured += 1;
+        issue();
+        return {
+          launch: () => {
+            counts.launched += 1;
+            issue();
+          },
+          release: () => void (counts.released += 1),
+        };
+      },
+    };
+    assert.deepEqual(await decodesOf(tp, capturer), await decodesOf(tp));
+    // All of a step, or what lies between two exchanges; and its head.
+    const segments = tp === 1 ? 1 : 2 * (2 * config.layerCount + 1);
+    assert.ok(counts.captured >= 3 * segments, `${counts.captured} captured`);
+    assert.ok(counts.launched >= 6 * segments, `${counts.launched} launched`);
+    assert.equal(counts.released, counts.captured);
   }
 });
 

@@ -3,7 +3,6 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { CaravanError } from '../proto/errors.js';
 import { Capturing, Launch, type Captured } from '../worker/device-launch.js';
-import type { BoundRun } from '../worker/ort-binding.js';
 import { CudaRuntime } from '../worker/ort-cuda.js';
 import type { CudaFunction, CudaLibrary } from '../worker/ort-cuda-library.js';
 
@@ -134,7 +133,7 @@ void test('a capture that fails is ended, and the runs are made one by one from 
       isCapturing += 1;
       if (throws && names().at(-1) === 'streamBeginCapture') throw new Error('a kernel that waits');
     };
-    const launch = new Launch([{ run } as BoundRun], capturing);
+    const launch = new Launch([{ run }], capturing);
     for (let i = 0; i < 5; i += 1) launch.run(256);
     assert.match(capturing.fault ?? '', fault);
     assert.ok(!launch.isCaptured);
@@ -163,14 +162,14 @@ void test('runs are captured at their third use, and anew when a length grows', 
       };
     },
   };
-  const launch = new Launch([{ run } as BoundRun], new Capturing(capturer, ''));
+  const launch = new Launch([{ run }], new Capturing(capturer, ''));
   for (total of [256, 256, 256, 256, 512, 512, 512]) launch.run(total);
   launch.release();
   assert.deepEqual(log, [
     ...['run 256', 'run 256', 'graph 1:', 'run 256', 'graph 1', 'graph 1'],
     ...['graph 1 ends', 'run 512', 'graph 2:', 'run 512', 'graph 2', 'graph 2', 'graph 2 ends'],
   ]);
-  const plain = new Launch([{ run } as BoundRun], null);
+  const plain = new Launch([{ run }], null);
   for (let i = 0; i < 4; i += 1) plain.run(1);
   assert.ok(!plain.isCaptured);
 });

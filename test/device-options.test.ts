@@ -1,7 +1,7 @@
 /** What needs no GPU of the way to one: names, options, who is refused, and in which words. */
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { devicesOfRanks, probeDevice } from '../coordinator/devices.js';
+import { devicesOfRanks, probeDevice, unreadablePair } from '../coordinator/devices.js';
 import { planGroup } from '../coordinator/group-spec.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
 import { deviceOfRank, parseDevice } from '../model/device-name.js';
@@ -36,6 +36,21 @@ void test('with cuda, rank i has GPU i; with cuda:N all have that one', () => {
   assert.equal(deviceOfRank('webgpu', 3), 'webgpu');
   assert.deepEqual(devicesOfRanks('cuda', 2), ['cuda:0', 'cuda:1']);
   assert.deepEqual(devicesOfRanks('cpu', 2), ['cpu']);
+});
+
+void test('partials stay on the GPUs of a machine where each can read all others', () => {
+  const report = (device: string, readablePeers: number[] | null) => ({
+    ...{ device, readablePeers },
+    ...{ fault: null, memory: null },
+  });
+  const devices = devicesOfRanks('cuda', 3);
+  const all = devices.map((device) => report(device, [0, 1, 2]));
+  assert.equal(unreadablePair(devices, all), null);
+  const some = [all[0]!, report('cuda:1', [0, 1]), all[2]!];
+  assert.deepEqual(unreadablePair(devices, some), ['cuda:1', 'cuda:2']);
+  assert.deepEqual(unreadablePair(devices, [all[0]!, report('cuda:1', null), all[2]!]), [
+    ...['cuda:1', 'cuda:0'],
+  ]);
 });
 
 void test("CUDA's provider is told its GPU, its limit and the stream of all sessions", () => {

@@ -4,6 +4,7 @@ import { Ranks } from '../coordinator/ranks.js';
 import { openCheckpoint } from '../model/checkpoint.js';
 import type { DeviceKind } from '../model/device-name.js';
 import { BoundDevice } from '../worker/bound-device.js';
+import type { Capturer } from '../worker/device-launch.js';
 import { Ort } from '../worker/ort.js';
 import { RankServer } from '../worker/service.js';
 
@@ -18,6 +19,8 @@ export interface DeviceGroupLimits {
   /** What is taken where `weights` do not fit. */
   readonly smaller?: 'int4';
   readonly memoryLimit?: number;
+  /** Of steps that come again; none if left out. */
+  readonly capturer?: Capturer;
   /** Most rows of a slot that a run of attention takes; found out if left out. */
   readonly attentionRows?: number | undefined;
 }
@@ -32,9 +35,10 @@ export async function withHostMemoryDevices<T>(
   limits: DeviceGroupLimits,
   use: (ranks: Ranks) => Promise<T>,
 ): Promise<T> {
-  const { memoryLimit = null, attentionRows = null } = limits;
+  const { memoryLimit = null, attentionRows = null, capturer = null } = limits;
   const servers = Array.from({ length: limits.tp }, () => {
-    const device = new BoundDevice(ort, { kind: 'cpu' }, { kind, memoryLimit, attentionRows });
+    const settings = { kind, memoryLimit, attentionRows, capturer };
+    const device = new BoundDevice(ort, { kind: 'cpu' }, settings);
     return new RankServer(device, silent);
   });
   try {

@@ -163,7 +163,7 @@ for (const [fault, reason] of [
 
 void test("a peer that is killed ends the group; its memory is let go, and the next group has others'", async () => {
   const processes = await Promise.all([start('webgpu'), start('webgpu')]);
-  const [survivor, victim] = processes as [RankProcess, RankProcess];
+  const [survivor, victim] = processes;
   const own = { weights: 'fp32', transport: 'direct' } as const;
   await withGroup(processes, 'webgpu', own, async (ranks) => {
     victim.child.kill('SIGSTOP');

@@ -8,7 +8,8 @@ import { Made, type Bound } from './device-runs.js';
 import { GraphBuilder, int, MICROSOFT } from './graph-builder.js';
 import { elementType } from './ort.js';
 import type { DeviceSession } from './ort-binding.js';
-import type { DeviceTensor, OrtDevice } from './ort-device.js';
+import type { DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 
 const { float32, int32 } = elementType;
 

@@ -114,6 +114,10 @@ export class BoundDevice implements Device {
     return { freeBytes: Math.min(limit, whole.freeBytes), totalBytes: whole.totalBytes };
   }
 
+  readablePeers(): readonly number[] | null {
+    return this.#cuda?.readablePeers() ?? null;
+  }
+
   /** As `load`, of weights from anywhere. @param source is closed at the end. */
   async loadFrom(
     source: MatrixSource,

@@ -9,7 +9,8 @@
 import type { LlamaConfig } from '../model/config.js';
 import type { RankPlan } from '../model/plan.js';
 import type { ElementType } from './ort.js';
-import { tensorBytes, type DeviceTensor, type OrtDevice } from './ort-device.js';
+import { tensorBytes, type DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 
 /** Keys and values of one layer, for some neighbouring slots. */
 export interface DeviceKvTensors {

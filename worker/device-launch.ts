@@ -6,7 +6,6 @@
  * and captured anew when they grow past that. Addresses are those of bound tensors, which stay.
  */
 import { toCaravanError } from '../proto/errors.js';
-import type { BoundRun } from './ort-binding.js';
 
 export interface Captured {
   launch(): void;
@@ -46,18 +45,23 @@ export class Capturing {
 }
 
 /** Kernels choose their ways, and the runtime takes its memory, in the first runs of a shape. */
-const RUNS_BEFORE_CAPTURE = 2;
+export const RUNS_BEFORE_CAPTURE = 2;
+
+/** Tells the device what to compute, with inputs and outputs in place. */
+interface Runnable {
+  run(): void;
+}
 
 /** Some runs, one after the other; of shapes that come again, captured. */
 export class Launch {
-  readonly #runs: readonly BoundRun[];
+  readonly #runs: readonly Runnable[];
   readonly #capturing: Capturing | null;
   #runsBefore = 0;
   #captured: Captured | null = null;
   #total = 0;
 
   /** @param capturing null for shapes that do not come again. */
-  constructor(runs: readonly BoundRun[], capturing: Capturing | null) {
+  constructor(runs: readonly Runnable[], capturing: Capturing | null) {
     this.#runs = runs;
     this.#capturing = capturing;
   }

@@ -7,7 +7,8 @@ import type { DeviceShape } from './device-graph.js';
 import { runAll, type Made } from './device-runs.js';
 import { PARTIAL_BUFFERS, type PartialBuffer } from './direct-memory.js';
 import { elementType } from './ort.js';
-import { tensorBytes, type Copy, type DeviceTensor, type OrtDevice } from './ort-device.js';
+import { tensorBytes, type Copy, type DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 
 /** Partials of a number of rows, with what brings ours to the peers and theirs to us. */
 export interface BoundPartials {

@@ -6,7 +6,7 @@ import type { AllReduce, Turn } from './all-reduce.js';
 import type { DeviceKv } from './device-kv.js';
 import type { DeviceShard } from './device-shard.js';
 import { runAll, type HeadRuns, type StepRuns } from './device-runs.js';
-import { Launch } from './device-launch.js';
+import { Launch, RUNS_BEFORE_CAPTURE } from './device-launch.js';
 import type { DeviceWorkspace } from './device-workspace.js';
 import type { PartialBuffer } from './direct-memory.js';
 import type { OrtDevice } from './ort-device.js';
@@ -88,7 +88,7 @@ export class DevicePass implements Pass {
     const runs = this.#workspace.step(1, groups);
     const launch = new Launch([...runs.first, this.#workspace.head(1, 1, 1).run], device.capturing);
     try {
-      while (!launch.isCaptured && device.capturing.fault === null) launch.run();
+      for (let i = 0; i <= RUNS_BEFORE_CAPTURE; i += 1) launch.run();
       device.synchronize();
     } finally {
       launch.release();

@@ -7,7 +7,8 @@ import type { BoundPartials } from './device-partials.js';
 import type { PartialBuffer } from './direct-memory.js';
 import type { ElementType, TensorArray } from './ort.js';
 import type { BoundRun, DeviceSession } from './ort-binding.js';
-import type { Copy, DeviceTensor, OrtDevice } from './ort-device.js';
+import type { Copy, DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 
 /**
  * An input that changes from step to step and is read on the host, where kernels of devices want lengths and sizes:

@@ -15,7 +15,8 @@ import type { DeviceShape, MatrixShape } from './device-graph.js';
 import { CAPTURED_LENGTHS } from './device-launch.js';
 import type { Linear } from './linear.js';
 import { elementType, type ElementType } from './ort.js';
-import type { DeviceTensor, OrtDevice } from './ort-device.js';
+import type { DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 import type { Provider } from './ort-provider.js';
 
 const { float32, float16 } = elementType;

@@ -3,14 +3,9 @@
  * begin within another one's memory: each copy costs as much as a kernel.
  */
 import type { Made } from './device-runs.js';
-import { elementType, type ElementType } from './ort.js';
-import {
-  elementCount,
-  tensorBytes,
-  type Copy,
-  type DeviceTensor,
-  type OrtDevice,
-} from './ort-device.js';
+import { elementType } from './ort.js';
+import { elementCount, tensorBytes, type Copy, type DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 
 interface ArrayOf {
   readonly 1: Float32Array;
@@ -44,13 +39,13 @@ export function smallArrays<const P extends readonly SmallPart[]>(
   direction: 'in' | 'out',
   parts: P,
 ): { readonly parts: SmallsOf<P>; readonly copies: readonly Copy[] } {
-  const sizes = parts.map(({ type, shape }) => tensorBytes(type as ElementType, shape));
+  const sizes = parts.map(({ type, shape }) => tensorBytes(type, shape));
   const copyOf = (array: ArrayOf[SmallType], tensor: DeviceTensor): Copy =>
     made.copy(direction === 'in' ? device.copyIn(array, tensor) : device.copyOut(tensor, array));
   if (!device.provider.hasOffsets) {
     const smalls = parts.map(({ type, shape }, i) => ({
       array: arrayOver(type, new ArrayBuffer(sizes[i]!), 0, shape),
-      tensor: made.allocate(type as ElementType, shape),
+      tensor: made.allocate(type, shape),
     }));
     const copies = smalls.map(({ array, tensor }) => copyOf(array, tensor));
     return { parts: smalls as unknown as SmallsOf<P>, copies };
@@ -61,7 +56,7 @@ export function smallArrays<const P extends readonly SmallPart[]>(
   let at = 0;
   const smalls = parts.map(({ type, shape }, i) => {
     const array = arrayOver(type, buffer, at, shape);
-    const tensor = made.view(whole, shape, type as ElementType, at);
+    const tensor = made.view(whole, shape, type, at);
     at += sizes[i]!;
     return { array, tensor };
   });

@@ -19,7 +19,8 @@ import type { DeviceSession } from './ort-binding.js';
 import { smallArrays } from './device-small.js';
 import { DevicePartials } from './device-partials.js';
 import { partialBuffer, type PartialBuffer } from './direct-memory.js';
-import type { DeviceTensor, OrtDevice } from './ort-device.js';
+import type { DeviceTensor } from './device-tensor.js';
+import type { OrtDevice } from './ort-device.js';
 import { rotaryTables } from './rotary.js';
 import type { AttentionGroup } from './step-layout.js';
 
@@ -294,13 +295,12 @@ export class DeviceWorkspace {
       { type: float32, shape: one },
     ]);
     const [topPlaces, topLogits, sums, temperedSums] = results.parts;
+    const addends = this.#partials.views(made, rowCount)[partialBuffer.ffn]!;
     const run = made.bind(
       this.#head,
       new Map<string, Bound>([
         ['h', rows(this.#buffers.afterFfn)],
-        ...this.#partials
-          .views(made, rowCount)
-          [partialBuffer.ffn]!.map((tensor, rank): [string, Bound] => [`partial.${rank}`, tensor]),
+        ...addends.map((tensor, rank): [string, Bound] => [`partial.${rank}`, tensor]),
         ['sampledRows', sampledRows.tensor],
         ['k', kInput.tensor],
         ['inverseTemperatures', temperatures.tensor],

@@ -65,6 +65,8 @@ export interface Device {
   readonly kind: DeviceKind;
   /** Of its own; null where it has none, or it cannot be known. */
   memory(): DeviceMemory | null;
+  /** Numbers of the devices of its kind whose memory it can read; null where that cannot be, or be known. */
+  readablePeers(): readonly number[] | null;
   /**
    * Reads a rank's slices and puts them on the device.
    *

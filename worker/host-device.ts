@@ -24,6 +24,10 @@ export class HostDevice implements Device {
     this.#ort = ort;
   }
 
+  readablePeers(): null {
+    return null;
+  }
+
   memory(): null {
     return null;
   }

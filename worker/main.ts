@@ -1,7 +1,7 @@
 /**
  * `caravan worker`: one rank, bound to one device. It is told everything else by the coordinator.
  */
-import { Command, InvalidArgumentError } from 'commander';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import pino from 'pino';
 import { isDeviceName, parseDevice } from '../model/device-name.js';
 import { toCaravanError } from '../proto/errors.js';
@@ -64,6 +64,12 @@ const program = new Command('caravan worker')
     '--ort-library <file>',
     'libonnxruntime of another place, for CUDA (default: CARAVAN_ORT_LIBRARY, or that of onnxruntime-node)',
   )
+  .addOption(
+    new Option('--cuda-graphs <when>', 'repeat steps of one shape as one launch: auto, or off')
+      .choices(['auto', 'off'])
+      .env('CARAVAN_CUDA_GRAPHS')
+      .default('auto'),
+  )
   .option('--threads <count>', 'threads that compute', threadCount, 1)
   .option('--health-port <port>', 'port of /livez; 0 picks a free one (default: none)', port)
   .option('--health-host <host>', "address that /livez is served on (default: --listen's)")
@@ -99,6 +105,7 @@ const options = program.parse().opts<{
   device: string;
   deviceMemory?: number;
   ortLibrary?: string;
+  cudaGraphs: 'auto' | 'off';
   threads: number;
   healthPort?: number;
   healthHost?: string;
@@ -116,12 +123,19 @@ const libraryOf = ({ CARAVAN_ORT_LIBRARY: file }: NodeJS.ProcessEnv): string | u
   file === '' ? undefined : file;
 
 /** @throws CaravanError `bad_usage` when it is not there, saying what is missing. */
-function openDevice({ device: text, deviceMemory, ortLibrary, threads }: typeof options): Device {
+function openDevice({
+  device: text,
+  deviceMemory,
+  ortLibrary,
+  cudaGraphs,
+  threads,
+}: typeof options): Device {
   const name = parseDevice(text);
   const ort = new Ort(threads, ortLibrary ?? libraryOf(process.env));
   if (name.kind === 'cpu') return new HostDevice(ort);
   return new BoundDevice(ort, name, {
     memoryLimit: deviceMemory === undefined ? null : deviceMemory * 1e9,
+    captures: cudaGraphs === 'auto',
   });
 }
 
@@ -167,7 +181,13 @@ try {
   process.on('SIGINT', drain);
   if (process.send !== undefined) {
     process.on('disconnect', stop);
-    process.send({ type: 'ready', address: bound, healthPort, memory: device.memory() });
+    process.send({
+      type: 'ready',
+      address: bound,
+      healthPort,
+      memory: device.memory(),
+      readablePeers: device.readablePeers(),
+    });
   }
 } catch (thrown) {
   const error = toCaravanError(thrown);

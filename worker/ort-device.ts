@@ -6,6 +6,7 @@
  */
 import type { Graph } from './graph-builder.js';
 import { GraphBuilder, int } from './graph-builder.js';
+import { tensorBytes, type Copy, type DeviceTensor, type Traffic } from './device-tensor.js';
 import { elementType, elementTypeOf, Tensor, type ElementType, type Ort } from './ort.js';
 import type { OrtApi } from './ort-api.js';
 import type { TensorArray } from './ort.js';
@@ -13,42 +14,6 @@ import { DeviceSession, type BoundRun } from './ort-binding.js';
 import { appendProvider, explain, type Provider } from './ort-provider.js';
 import { Capturing } from './device-launch.js';
 import type { CudaRuntime } from './ort-cuda.js';
-
-/** A tensor in device memory, or a view of one. */
-export interface DeviceTensor {
-  /** The OrtValue. */
-  readonly pointer: bigint;
-  /** The device's address or handle. */
-  readonly address: bigint;
-  readonly type: ElementType;
-  readonly shape: readonly number[];
-}
-
-/** Bytes that crossed between host and device since the start, and the time that was spent on it. */
-export interface Traffic {
-  toDevice: number;
-  toHost: number;
-  ms: number;
-}
-
-/** A copy that is made again and again between the same two tensors. */
-export interface Copy {
-  run(): void;
-  release(): void;
-}
-
-const bytesOf: Readonly<Record<ElementType, number>> = {
-  [elementType.float32]: 4,
-  [elementType.uint8]: 1,
-  [elementType.int8]: 1,
-  [elementType.int32]: 4,
-  [elementType.int64]: 8,
-  [elementType.float16]: 2,
-};
-
-export const elementCount = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
-export const tensorBytes = (type: ElementType, shape: readonly number[]): number =>
-  bytesOf[type] * elementCount(shape);
 
 export class OrtDevice {
   readonly provider: Provider;

@@ -5,7 +5,13 @@ import os from 'node:os';
 import type { Command } from 'commander';
 import { toCaravanError } from '../../proto/errors.js';
 import type { Config } from '../config.js';
-import { devicesOfRanks, possibleDevices, probeDevice, type DeviceReport } from '../devices.js';
+import {
+  devicesOfRanks,
+  possibleDevices,
+  probeDevice,
+  unreadablePair,
+  type DeviceReport,
+} from '../devices.js';
 import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
 import { openChecked } from '../local-group.js';
 
@@ -67,6 +73,7 @@ export function register(program: Command): void {
       s.redis === undefined ? checkRedisServer() : await checkRedis(s.redis),
       await checkPort(s.host, s.port),
       ...checkDevices(s.device, s.tp, devices),
+      ...checkExchange(s.device, s.tp, devices),
       ...checkModel(s, devices),
     ].flat();
     const isWell = findings.every(({ verdict }) => verdict !== 'failure');
@@ -187,6 +194,24 @@ function checkDevices(device: string, tp: number, devices: readonly DeviceReport
       ? finding('failure', 'device', fault, 'see docs/devices.md')
       : finding('warning', 'device', fault, 'only --device ' + name + ' needs it');
   });
+}
+
+/** Whether partials can stay on the GPUs. */
+function checkExchange(device: string, tp: number, devices: readonly DeviceReport[]): Finding[] {
+  const asked = devicesOfRanks(device, tp);
+  const isWell = asked.every((name) => devices.find((d) => d.device === name)?.fault === null);
+  if (tp === 1 || !device.startsWith('cuda') || !isWell) return [];
+  const pair = unreadablePair(asked, devices);
+  if (pair === null) return [ok('exchange', "direct: the ranks' GPUs read each other's memory")];
+  const [reader, owner] = pair;
+  return [
+    finding(
+      'warning',
+      'exchange',
+      `partials go through the host's memory: ${reader} cannot read ${owner}'s`,
+      'peer access needs NVLink, or PCI Express below one root; see nvidia-smi topo -p2p r',
+    ),
+  ];
 }
 
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;

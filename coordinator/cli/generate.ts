@@ -21,6 +21,10 @@ interface Generation {
   readonly ttftMs: number;
   /** Of the tokens after the first; null when there is only one. */
   readonly decodeTokensPerSecond: number | null;
+  /** How partials went between ranks; empty for a lone one. */
+  readonly transport: string;
+  /** What could be quicker, and why it is not. */
+  readonly notes: readonly string[];
 }
 
 export function register(program: Command): void {
@@ -91,7 +95,8 @@ export function register(program: Command): void {
           draftTokens: draftTokensOf(s.speculation),
         });
         const show = s.json ? () => undefined : (text: string) => process.stdout.write(text);
-        return generateOnce(engine, request, show, interrupted.signal);
+        const generated = await generateOnce(engine, request, show, interrupted.signal);
+        return { ...generated, transport: ranks.transport, notes: ranks.notes };
       },
     );
     process.removeListener('SIGINT', interrupt);
@@ -114,7 +119,7 @@ async function generateOnce(
   request: Request,
   show: (text: string) => void,
   signal: AbortSignal,
-): Promise<Generation> {
+): Promise<Omit<Generation, 'transport' | 'notes'>> {
   const done = new AbortController();
   const tokenIds: number[] = [];
   let text = '';

@@ -2,24 +2,25 @@
  * Correctness, then figures, of ranks on GPUs. See gpu.sh for how it is called.
  *
  *   node dist/test/bench/gpu.js [--device cuda|webgpu] [--gpus N] [--only check,7b,70b] [--bandwidth TB/S]
- *     [--transports shm,grpc] [--batches 1,16,64] [--seconds N] [--out FOLDER]
+ *     [--transports auto,shm,grpc] [--graphs auto,off] [--tps 1,2] [--weights fp16,int4] [--batches 1,16,64] [--seconds N]
+ *     [--out FOLDER]
  *
  * With --seconds what cannot end in that time is left out, from the least important on, and the checks are fewer.
  */
-import { execFile, fork, type ChildProcess } from 'node:child_process';
+import { fork, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { parseArgs, promisify } from 'node:util';
+import { parseArgs } from 'node:util';
+import type { Config } from '../../coordinator/config.js';
 import { planGroup } from '../../coordinator/group-spec.js';
-import { cliEntry } from '../../coordinator/package-root.js';
 import { Ranks } from '../../coordinator/ranks.js';
-import { embeddedModelPath, openCheckpoint } from '../../model/checkpoint.js';
+import { openCheckpoint } from '../../model/checkpoint.js';
 import { deviceOfRank } from '../../model/device-name.js';
 import { formBytes, type WeightsMode } from '../../model/weights.js';
 import { SampledRows, type Step, type StepResult } from '../../proto/gen/cluster.js';
-import { readTinyGolden, sharedGolden } from '../golden.js';
+import { checkAll } from './gpu-check.js';
 import { llama2Shapes, writeShapeCheckpoint } from './shape-checkpoint.js';
 
 const { values: args } = parseArgs({
@@ -30,7 +31,10 @@ const { values: args } = parseArgs({
     bandwidth: { type: 'string', default: '3.35' },
     shared: { type: 'string', default: '../shared' },
     out: { type: 'string', default: '.' },
-    transports: { type: 'string', default: 'shm' },
+    transports: { type: 'string', default: 'auto' },
+    graphs: { type: 'string', default: 'auto' },
+    tps: { type: 'string' },
+    weights: { type: 'string', default: 'fp16,int4' },
     batches: { type: 'string', default: '1,2,4,8,16,32,64' },
     seconds: { type: 'string' },
   },
@@ -53,85 +57,10 @@ const save = (name: string, content: unknown): void => {
   fs.writeFileSync(path.join(out, `gpu-${name}.json`), `${JSON.stringify(content, null, 1)}\n`);
 };
 
-async function caravan(...words: string[]): Promise<Record<string, unknown>> {
-  const run = promisify(execFile);
-  const options = { maxBuffer: 1 << 28, timeout: 180_000 };
-  const { stdout } = await run(process.execPath, [cliEntry, ...words, '--json'], options);
-  return JSON.parse(stdout) as Record<string, unknown>;
-}
-
-/** What a weights mode may differ by from the float64 oracle. Attention has 16 bits on CUDA. */
-const tolerances: Partial<Record<WeightsMode, number>> = { fp32: 0.03, fp16: 0.08 };
-
-interface Check {
-  readonly name: string;
-  readonly ok: boolean;
-  readonly detail: string;
-}
-
-async function checkAll(): Promise<void> {
-  const checks: Check[] = [];
-  const check = async (name: string, run: () => Promise<[boolean, string]>): Promise<void> => {
-    let result: Check;
-    try {
-      const [ok, detail] = await run();
-      result = { name, ok, detail };
-    } catch (error) {
-      const { stderr = '', message } = error as { stderr?: string; message: string };
-      result = { name, ok: false, detail: (stderr === '' ? message : stderr).slice(-1500) };
-    }
-    checks.push(result);
-    say(`${result.ok ? 'ok  ' : 'FAIL'} ${name}: ${result.detail}`);
-    save('check', checks);
-  };
-  const distance = (a: readonly number[], b: readonly number[]): number =>
-    b.reduce((most, x, i) => Math.max(most, Math.abs(x - a[i]!)), 0);
-  const tps = [1, 2, 4, 8].filter((tp) => tp <= gpus);
-  for (const tp of tps) {
-    for (const weights of ['fp32', 'fp16'] as const) {
-      const common = ['--device', device, '--tp', String(tp), '--weights', weights];
-      // Of several GPUs with 16 bits alone: the exchange is the same.
-      if (isShort && tp > 1 && weights !== 'fp16') continue;
-      for (const [index, golden] of readTinyGolden()
-        .slice(0, isShort ? 1 : 2)
-        .entries()) {
-        const ids = [...golden.promptIds, ...golden.ids];
-        const last = golden.promptIds.length - 1;
-        await check(`caravan-tiny ${index}, ${weights}, tp ${tp}`, async () => {
-          const file = path.join(scratch, 'tokens.json');
-          fs.writeFileSync(file, JSON.stringify(ids));
-          const tokens = ['--tokens', file, '--logits', String(last), '--chunk', '13'];
-          const found = await caravan('eval', '--model', embeddedModelPath(), ...common, ...tokens);
-          const argmax = (found['argmax'] as number[]).slice(last, -1);
-          const same = argmax.filter((id, i) => id === golden.ids[i]).length;
-          const logits = (found['logits'] as Record<string, number[]>)[String(last)]!;
-          const most = distance(logits, golden.firstLogits);
-          // A tie that is nearer than the tolerance may fall otherwise.
-          const isTie = golden.leastMargin < tolerances[weights]!;
-          const isSame = same >= golden.ids.length - (isTie ? 1 : 0);
-          const isRight = isSame && most < tolerances[weights]!;
-          return [isRight, `${same} of ${golden.ids.length} tokens, logits within ${most}`];
-        });
-      }
-      const model = path.join(args.shared, sharedGolden.model);
-      const text = path.join(args.shared, sharedGolden.text);
-      if (!fs.existsSync(text)) {
-        say(`skip stories260K, ${weights}, tp ${tp}: ${text} is not here`);
-        continue;
-      }
-      await check(`stories260K text, ${weights}, tp ${tp}`, async () => {
-        const words = ['--temperature', '0', '--ignore-eos', '--max-tokens', '200'];
-        const found = await caravan('generate', '--model', model, ...common, ...words);
-        const golden = fs.readFileSync(text, 'utf8').trimEnd();
-        const ours = String(found['text']).trimEnd();
-        const rate = Number(found['decodeTokensPerSecond']).toFixed(0);
-        let same = 0;
-        while (same < golden.length && golden[same] === ours[same]) same += 1;
-        return [ours === golden, `${same} of ${golden.length} characters, ${rate} tokens/s`];
-      });
-    }
-  }
-}
+const tps =
+  args.tps === undefined
+    ? [1, 2, 4, 8].filter((tp) => tp <= gpus)
+    : args.tps.split(',').map(Number);
 
 const noStep: Omit<Step, 'number'> = {
   joins: [],
@@ -148,10 +77,15 @@ function percentile(values: readonly number[], p: number): number {
 
 const children: ChildProcess[] = [];
 
-const startRank = (rank: number): Promise<{ address: string; child: ChildProcess }> =>
+const startRank = (
+  rank: number,
+  graphs: string,
+): Promise<{ address: string; child: ChildProcess }> =>
   new Promise((resolve, reject) => {
     const entry = fileURLToPath(new URL('random-rank.js', import.meta.url));
-    const child = fork(entry, ['--device', deviceOfRank(device, rank)]);
+    const child = fork(entry, ['--device', deviceOfRank(device, rank)], {
+      env: { ...process.env, CARAVAN_CUDA_GRAPHS: graphs },
+    });
     children.push(child);
     child.once('message', (message: { address: string }) => {
       resolve({ address: message.address, child });
@@ -165,7 +99,8 @@ interface Scenario {
   readonly model: keyof typeof llama2Shapes;
   readonly tp: number;
   readonly weights: WeightsMode;
-  readonly transport: 'shm' | 'grpc';
+  readonly transport: Config['transport'];
+  readonly graphs: string;
   readonly batches: readonly number[];
 }
 
@@ -174,11 +109,18 @@ const DECODE_STEPS = 24;
 const PROMPT = 512;
 
 /** Prompts into every slot, then decodes of all of them. */
-async function bench({ model, tp, weights, transport, batches }: Scenario): Promise<object> {
+async function bench({
+  model,
+  tp,
+  weights,
+  transport,
+  graphs,
+  batches,
+}: Scenario): Promise<object> {
   const folder = path.join(scratch, model);
   writeShapeCheckpoint(folder, llama2Shapes[model]);
   const checkpoint = openCheckpoint(folder);
-  const ranks = await Promise.all(Array.from({ length: tp }, (_, rank) => startRank(rank)));
+  const ranks = await Promise.all(Array.from({ length: tp }, (_, rank) => startRank(rank, graphs)));
   const most = Math.max(...batches);
   const planned = planGroup(checkpoint, tp, {
     ...{ weights, transport, device, exact: false },
@@ -223,6 +165,9 @@ async function bench({ model, tp, weights, transport, batches }: Scenario): Prom
       prefills.push(ms);
     }
     const prefillTokensPerSecond = (1000 * PROMPT) / percentile(prefills.slice(1), 0.5);
+    const hasGraphs = group.loaded.every(({ captureFault }) => captureFault === '');
+    const { transport: used, notes } = group;
+    say(`  ${[used, hasGraphs ? 'graphs' : '', ...notes].join('; ')}`);
     say(`  loaded in ${loadSeconds.toFixed(1)} s`);
     say(`  prefill of ${PROMPT}: ${prefillTokensPerSecond.toFixed(0)} tokens/s`);
     for (const batch of batches) {
@@ -264,7 +209,8 @@ async function bench({ model, tp, weights, transport, batches }: Scenario): Prom
     const { layerCount } = checkpoint.config;
     const allReduces = tp === 1 ? 0 : 2 * layerCount + 1;
     return {
-      ...{ model, tp, weights, transport, context: CONTEXT, loadSeconds, allReduces },
+      ...{ model, tp, weights, transport: used, hasGraphs, context: CONTEXT, loadSeconds },
+      allReduces,
       ...{ weightBytesPerRank: weightBytes, prefillTokensPerSecond, decode: runs },
     };
   } finally {
@@ -291,15 +237,16 @@ const within = async <T>(ms: number, work: Promise<T>): Promise<T> => {
   }
 };
 
-async function benchAll(name: string, scenarios: readonly Scenario[]): Promise<void> {
+async function benchAll(part: string, scenarios: readonly Scenario[]): Promise<void> {
   const results: object[] = [];
   for (const scenario of scenarios) {
-    const { model, tp, weights, transport } = scenario;
+    const { model, tp, weights, transport, graphs } = scenario;
+    const name = `Llama 2 ${model}, ${weights}, tp ${tp}, ${transport}, graphs ${graphs}`;
     if (leftMs() < SHORTEST_MS) {
-      say(`skip Llama 2 ${model}, ${weights}, tp ${tp}, ${transport}: no time left`);
+      say(`skip ${name}: no time left`);
       continue;
     }
-    say(`Llama 2 ${model}, ${weights}, tp ${tp}, ${transport}`);
+    say(name);
     try {
       results.push(await within(Math.min(SCENARIO_MS, leftMs()), bench(scenario)));
     } catch (error) {
@@ -307,7 +254,7 @@ async function benchAll(name: string, scenarios: readonly Scenario[]): Promise<v
       say(`  FAIL ${message}`);
       results.push({ ...scenario, error: message });
     }
-    save(name, { device, gpus, bandwidthTBs: Number(args.bandwidth), results });
+    save(part, { device, gpus, bandwidthTBs: Number(args.bandwidth), results });
   }
 }
 
@@ -318,29 +265,39 @@ for (const signal of ['SIGTERM', 'SIGINT'] as const) {
   });
 }
 try {
-  if (parts.includes('check')) await checkAll();
+  if (parts.includes('check'))
+    await checkAll({ device, tps, shared: args.shared, isShort, scratch, say, save });
   const batches = args.batches.split(',').map(Number);
+  const modes = args.weights.split(',') as WeightsMode[];
+  const transports = args.transports.split(',') as Config['transport'][];
+  const scenarios = (model: Scenario['model'], own: readonly number[], some: readonly number[]) =>
+    own.flatMap((tp) =>
+      modes.flatMap((weights) =>
+        (tp === 1 ? transports.slice(0, 1) : transports).flatMap((transport) =>
+          args.graphs.split(',').map((graphs): Scenario => ({
+            ...{ model, tp, weights, transport, graphs },
+            batches: some,
+          })),
+        ),
+      ),
+    );
   if (parts.includes('7b')) {
-    const tps = [1, 2].filter((tp) => tp <= gpus);
-    const modes = ['fp16', 'int4'] as const;
-    const all = tps.flatMap((tp) => modes.map((weights) => ({ tp, weights })));
     await benchAll(
       '7b',
-      all.map((s) => ({ model: '7b', transport: 'shm', batches, ...s })),
+      scenarios(
+        '7b',
+        tps.filter((tp) => tp <= 2),
+        batches,
+      ),
     );
   }
   if (parts.includes('70b')) {
-    const modes = gpus >= 4 ? (['int4', 'fp16'] as const) : (['int4'] as const);
-    const all = modes.flatMap((weights) =>
-      (args.transports.split(',') as ('shm' | 'grpc')[]).map((transport) => ({
-        weights,
-        transport,
-      })),
-    );
     const some = batches.filter((batch) => [1, 8, 16, 64].includes(batch));
+    // 16 bits want four GPUs.
+    const all = scenarios('70b', [gpus], some);
     await benchAll(
       '70b',
-      all.map((s) => ({ model: '70b', tp: gpus, batches: some, ...s })),
+      all.filter(({ weights }) => gpus >= 4 || weights !== 'fp16'),
     );
   }
 } finally {

@@ -104,6 +104,10 @@ class RandomDevice implements Device {
     return this.#device.memory();
   }
 
+  readablePeers() {
+    return this.#device.readablePeers();
+  }
+
   load({ checkpoint, plan, forms }: WeightsOrigin, terms: LoadTerms) {
     return this.#device.loadFrom(new RandomSource(), checkpoint, plan, forms, terms);
   }
@@ -117,7 +121,9 @@ const log = {
   },
 };
 const ort = new Ort(1, process.env['CARAVAN_ORT_LIBRARY']);
-const server = new RankServer(new RandomDevice(new BoundDevice(ort, parseDevice(device))), log);
+const captures = process.env['CARAVAN_CUDA_GRAPHS'] !== 'off';
+const bound = new BoundDevice(ort, parseDevice(device), { captures });
+const server = new RankServer(new RandomDevice(bound), log);
 const port = await server.listen('127.0.0.1:0');
 process.on('disconnect', () => process.exit(0));
 process.send?.({ address: `127.0.0.1:${port}` });

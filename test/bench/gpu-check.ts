@@ -1,0 +1,134 @@
+/** What ranks on GPUs must get right before anything is measured: golden texts and logits, and the same text in every way. */
+import { execFile } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { promisify } from 'node:util';
+import { cliEntry } from '../../coordinator/package-root.js';
+import { embeddedModelPath } from '../../model/checkpoint.js';
+import type { WeightsMode } from '../../model/weights.js';
+import { readTinyGolden, sharedGolden } from '../golden.js';
+
+export interface GpuChecks {
+  readonly device: string;
+  readonly tps: readonly number[];
+  /** Folder with models and golden texts, which need not be there. */
+  readonly shared: string;
+  /** Fewer of them. */
+  readonly isShort: boolean;
+  readonly scratch: string;
+  readonly say: (line: string) => void;
+  readonly save: (name: string, content: unknown) => void;
+}
+
+async function caravan(words: string[], graphs = 'auto'): Promise<Record<string, unknown>> {
+  const run = promisify(execFile);
+  const env = { ...process.env, CARAVAN_CUDA_GRAPHS: graphs };
+  const options = { maxBuffer: 1 << 28, timeout: 180_000, env };
+  const { stdout } = await run(process.execPath, [cliEntry, ...words, '--json'], options);
+  return JSON.parse(stdout) as Record<string, unknown>;
+}
+
+/** What a weights mode may differ by from the float64 oracle. Attention has 16 bits on CUDA. */
+const tolerances: Partial<Record<WeightsMode, number>> = { fp32: 0.03, fp16: 0.08 };
+
+interface Check {
+  readonly name: string;
+  readonly ok: boolean;
+  readonly detail: string;
+}
+
+export async function checkAll({
+  device,
+  tps,
+  shared,
+  isShort,
+  scratch,
+  say,
+  save,
+}: GpuChecks): Promise<void> {
+  const checks: Check[] = [];
+  const check = async (name: string, run: () => Promise<[boolean, string]>): Promise<void> => {
+    let result: Check;
+    try {
+      const [ok, detail] = await run();
+      result = { name, ok, detail };
+    } catch (error) {
+      const { stderr = '', message } = error as { stderr?: string; message: string };
+      result = { name, ok: false, detail: (stderr === '' ? message : stderr).slice(-1500) };
+    }
+    checks.push(result);
+    say(`${result.ok ? 'ok  ' : 'FAIL'} ${name}: ${result.detail}`);
+    save('check', checks);
+  };
+  const distance = (a: readonly number[], b: readonly number[]): number =>
+    b.reduce((most, x, i) => Math.max(most, Math.abs(x - a[i]!)), 0);
+  for (const tp of tps) {
+    for (const weights of ['fp32', 'fp16'] as const) {
+      const common = ['--device', device, '--tp', String(tp), '--weights', weights];
+      // Of several GPUs with 16 bits alone: the exchange is the same.
+      if (isShort && tp > 1 && weights !== 'fp16') continue;
+      for (const [index, golden] of readTinyGolden()
+        .slice(0, isShort ? 1 : 2)
+        .entries()) {
+        const ids = [...golden.promptIds, ...golden.ids];
+        const last = golden.promptIds.length - 1;
+        await check(`caravan-tiny ${index}, ${weights}, tp ${tp}`, async () => {
+          const file = path.join(scratch, 'tokens.json');
+          fs.writeFileSync(file, JSON.stringify(ids));
+          const tokens = ['--tokens', file, '--logits', String(last), '--chunk', '13'];
+          const found = await caravan([
+            'eval',
+            '--model',
+            embeddedModelPath(),
+            ...common,
+            ...tokens,
+          ]);
+          const argmax = (found['argmax'] as number[]).slice(last, -1);
+          const same = argmax.filter((id, i) => id === golden.ids[i]).length;
+          const logits = (found['logits'] as Record<string, number[]>)[String(last)]!;
+          const most = distance(logits, golden.firstLogits);
+          // A tie that is nearer than the tolerance may fall otherwise.
+          const isTie = golden.leastMargin < tolerances[weights]!;
+          const isSame = same >= golden.ids.length - (isTie ? 1 : 0);
+          const isRight = isSame && most < tolerances[weights]!;
+          return [isRight, `${same} of ${golden.ids.length} tokens, logits within ${most}`];
+        });
+      }
+      const model = path.join(shared, sharedGolden.model);
+      const text = path.join(shared, sharedGolden.text);
+      if (!fs.existsSync(text)) {
+        say(`skip stories260K, ${weights}, tp ${tp}: ${text} is not here`);
+        continue;
+      }
+      await check(`stories260K text, ${weights}, tp ${tp}`, async () => {
+        const words = ['--temperature', '0', '--ignore-eos', '--max-tokens', '200'];
+        const found = await caravan(['generate', '--model', model, ...common, ...words]);
+        const golden = fs.readFileSync(text, 'utf8').trimEnd();
+        const ours = String(found['text']).trimEnd();
+        const rate = Number(found['decodeTokensPerSecond']).toFixed(0);
+        let same = 0;
+        while (same < golden.length && golden[same] === ours[same]) same += 1;
+        const how = [found['transport'], ...(found['notes'] as string[])].join('; ');
+        return [ours === golden, `${same} of ${golden.length} characters, ${rate} tokens/s ${how}`];
+      });
+    }
+    for (const weights of ['fp16', 'int4'] as const) {
+      // Whatever is captured, and whichever way partials go: the same text.
+      await check(
+        `caravan-tiny as without graphs and direct exchange, ${weights}, tp ${tp}`,
+        async () => {
+          const words = ['--prompt', 'Once upon a time', '--temperature', '0', '--ignore-eos'];
+          const all = ['generate', '--device', device, '--tp', String(tp), '--weights', weights];
+          const most = ['--max-tokens', '160'];
+          const found = await caravan([...all, ...words, ...most]);
+          const plain = await caravan([...all, ...words, ...most, '--transport', 'shm'], 'off');
+          const how = [found['transport'], ...(found['notes'] as string[])].join('; ');
+          return [
+            found['text'] === plain['text'],
+            `${String(found['text']).length} characters ${how}`,
+          ];
+        },
+      );
+    }
+  }
+}
