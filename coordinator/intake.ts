@@ -7,7 +7,7 @@ import { admit, estimate, type Estimate, type Power, type Stand } from './admiss
 import { meanPace, SteadyPace } from './pace.js';
 import type { JobQueue } from './queue.js';
 import type { JobSize, QueueLimits, ReserveCheck, Reserved, StandOfQueue } from './queue-order.js';
-import type { JobTerms } from './request.js';
+import type { JobTerms, Request } from './request.js';
 import type { EngineBeat, Store } from './store.js';
 import type { Tenant } from './tenant.js';
 
@@ -26,11 +26,13 @@ export interface Admitted {
   readonly terms: JobTerms;
   /** Whether there was no room for it before. */
   readonly isNew: boolean;
+  /** Whether the journal did not know it before. */
+  readonly isWritten: boolean;
   /** Null where nothing was measured yet. */
   readonly estimate: Estimate | null;
 }
 
-interface Reckoned extends Omit<Admitted, 'isNew'> {
+interface Reckoned extends Omit<Admitted, 'isNew' | 'isWritten'> {
   /** Of the promises that were reckoned with. */
   readonly version: number;
   /** Where it is promised: see `Verdict`. */
@@ -65,19 +67,20 @@ export class Intake {
   }
 
   /**
-   * Makes room for a job in its queue.
+   * Makes room for a job in its queue, and writes it into the journal.
    *
    * @param tenant whose quotas count; null for jobs that have none, as those of batches.
    * @throws CaravanError `queue_full`, `rate_limited`, `deadline_unmeetable`, `redis_unavailable`.
    */
   async admit(
     queue: JobQueue,
-    model: string,
     id: string,
+    request: Request,
     terms: JobTerms,
     size: JobSize,
     tenant: Tenant | null,
   ): Promise<Admitted> {
+    const { model } = request;
     const { maxQueuedJobs, maxQueuedTokens, retentionS } = this.#rules;
     const own = tenant === null ? {} : { tenant: tenant.name, weight: tenant.weight };
     const kept: JobTerms = { ...terms, ...own, retentionS };
@@ -101,12 +104,14 @@ export class Intake {
       // The last attempt does not mind: promises that were made meanwhile are few.
       const isChecked = pressedFromMs !== undefined && attempt < PROMISE_ATTEMPTS;
       const check: ReserveCheck = {
-        ...{ limits, ...(isChecked ? { version } : {}) },
+        ...{ limits, request, ...(isChecked ? { version } : {}) },
         ...(pressedFromMs === undefined ? {} : { pressedFromMs }),
       };
       const reserved = await queue.reserve(id, admitted.terms, size, check);
       if (reserved.kind === 'full') throw this.#refusal(model, reserved, limits);
-      if (reserved.kind !== 'raced') return { ...admitted, isNew: reserved.kind === 'reserved' };
+      if (reserved.kind === 'raced') continue;
+      const { kind, isWritten } = reserved;
+      return { ...admitted, isNew: kind === 'reserved', isWritten };
     }
   }
 

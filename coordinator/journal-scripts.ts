@@ -22,6 +22,8 @@
  *   suspicion    deaths, up to 2; a job that has 2 runs alone, and only a death then makes it 3: the end
  *   alone, step  fence of the take that began to run alone, and the last step that it began
  */
+import type { JobTerms, Request } from './request.js';
+import { Script } from './store-script.js';
 
 /**
  * Of what a job's keys mean. An engine takes jobs of this version and of all before it, and leaves later ones to later
@@ -52,18 +54,30 @@ if redis.call('HGET', KEYS[1], 'progressed') ~= ARGV[1] then
   redis.call('HDEL', KEYS[1], 'suspicion', 'alone', 'step')
 end`;
 
-/** KEYS job; ARGV model, request, terms, createdMs. @returns 1, or 0 when the job exists. */
-export const createScript = `
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'version', '${JOURNAL_VERSION}', 'status', 'waiting', 'model', ARGV[1], 'request', ARGV[2],
-  'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', '0')
-return 1`;
+/** Local create: writes down a job. @returns 1, or 0 when the job exists. */
+export const createFunction = `
+local function create(key, model, request, terms, createdMs)
+  if redis.call('EXISTS', key) == 1 then return 0 end
+  redis.call('HSET', key, 'version', '${JOURNAL_VERSION}', 'status', 'waiting', 'model', model, 'request', request,
+    'terms', terms, 'createdMs', createdMs, 'fence', '0')
+  return 1
+end`;
+
+/** What `create` is told of a job. */
+export const createArgs = (request: Request, terms: JobTerms): (string | number)[] => [
+  ...[request.model, JSON.stringify(request), JSON.stringify(terms), Date.now()],
+];
+
+/** KEYS job; ARGV as `createArgs`. @returns 1, or 0 when the job exists. */
+export const createScript = new Script(`${createFunction}
+return create(KEYS[1], unpack(ARGV))`);
 
 /**
  * KEYS job; ARGV engine id, run of Redis.
- * @returns {missing}, {newer, version}, {ended} or {taken, fence, cancel, request, terms, suspicion, step}.
+ * @returns {missing}, {newer, version}, {ended} or {taken, fence, cancel, request, terms, suspicion, step, 1 when nobody
+ * took it before: nothing of its sequences is written}.
  */
-export const takeScript = `
+export const takeScript = new Script(`
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return {'missing'} end
 local version = redis.call('HGET', KEYS[1], 'version')
@@ -78,7 +92,7 @@ local fence = math.max(tonumber(stored) + 1, now)
 fence = string.format('%.0f', fence)
 redis.call('HSET', KEYS[1], 'fence', fence, 'status', 'active', 'engine', ARGV[1], 'run', ARGV[2])
 return {'taken', fence, redis.call('HGET', KEYS[1], 'cancel') or '0', redis.call('HGET', KEYS[1], 'request'),
-  redis.call('HGET', KEYS[1], 'terms'), suspicion, redis.call('HGET', KEYS[1], 'step') or ''}`;
+  redis.call('HGET', KEYS[1], 'terms'), suspicion, redis.call('HGET', KEYS[1], 'step') or '', stored == '0' and 1 or 0}`);
 
 const fenced = `
 if redis.call('HEXISTS', KEYS[1], 'status') == 0 then return {'missing'} end
@@ -87,9 +101,9 @@ if tonumber(ARGV[1]) < stored then return {'stale'} end
 if tonumber(ARGV[1]) > stored then redis.call('HSET', KEYS[1], 'fence', ARGV[1]) end`;
 
 /** KEYS job; ARGV fence, step. A suspected job begins a step, alone. @returns {stale}, {missing} or {written}. */
-export const stepScript = `${fenced}
+export const stepScript = new Script(`${fenced}
 redis.call('HSET', KEYS[1], 'alone', ARGV[1], 'step', ARGV[2])
-return {'written'}`;
+return {'written'}`);
 
 /** Where a stream stands: its tokens, and whether its last entry says that it is over. */
 const streams = `
@@ -134,7 +148,7 @@ end`;
  * @returns {stale}, {missing}, or {offset, where the stream ends} when that is not start, or {appended, cancel}.
  * A take that Redis lost (the stored fence is lower) is stale too when another engine has written since.
  */
-export const appendScript = `${fenced}
+export const appendScript = new Script(`${fenced}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
 ${streams}
 local offset, isOver = standOf(KEYS[2])
@@ -145,26 +159,26 @@ if ARGV[7] ~= '' then fields[5] = 'logprobs'; fields[6] = ARGV[7] end
 redis.call('XADD', KEYS[2], (offset + tonumber(ARGV[3])) .. '-0', unpack(fields))
 ${progress}
 redis.call('PUBLISH', ARGV[6], '')
-return {'appended', redis.call('HGET', KEYS[1], 'cancel') or '0'}`;
+return {'appended', redis.call('HGET', KEYS[1], 'cancel') or '0'}`);
 
 /**
  * KEYS job, list; ARGV fence, start, channel, then logprobs, one a token of the prompt.
  * @returns {stale}, {missing}, or {offset, length of the list} when that is not start, or {appended}.
  */
-export const appendPromptScript = `${fenced}
+export const appendPromptScript = new Script(`${fenced}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
 local length = redis.call('LLEN', KEYS[2])
 if length ~= tonumber(ARGV[2]) then return {'offset', length} end
 redis.call('RPUSH', KEYS[2], unpack(ARGV, 4))
 ${progress}
 redis.call('PUBLISH', ARGV[3], '')
-return {'appended'}`;
+return {'appended'}`);
 
 /**
  * KEYS job, stream; ARGV fence, tokens, reason, held-back text, channel. One of several sequences is over.
  * @returns {stale}, {missing}, {already}, {offset, where the stream ends} or {finished}.
  */
-export const finishScript = `${fenced}
+export const finishScript = new Script(`${fenced}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'stale'} end
 ${streams}
 local offset, isOver = standOf(KEYS[2])
@@ -174,14 +188,14 @@ if isOver then return {'already'} end
 redis.call('XADD', KEYS[2], offset .. '-1', 'finish', ARGV[3], 'text', ARGV[4])
 ${progress}
 redis.call('PUBLISH', ARGV[5], '')
-return {'finished'}`;
+return {'finished'}`);
 
 /**
  * KEYS job, streams, lists; ARGV fence, status, ending, held-back text, retention in seconds, channel, then of every
  * stream its tokens, negative and less 1 if its sequence must have finished: -1 for none.
  * @returns {stale}, {missing}, {already}, {offset, where a stream ends, number of the stream} or {ended}.
  */
-export const endScript = `
+export const endScript = new Script(`
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return {'already'} end
 ${fenced}
 ${streams}
@@ -199,31 +213,31 @@ redis.call('HSET', KEYS[1], 'status', ARGV[2], 'ending', ARGV[3])
 expireAll(ARGV[5])
 redis.call('PUBLISH', ARGV[6], '')
 tellWebhook()
-return {'ended'}`;
+return {'ended'}`);
 
 /** KEYS job; ARGV model, request, terms, createdMs, fence. Writes down a job that Redis lost. */
-export const restoreScript = `
+export const restoreScript = new Script(`
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'version', '${JOURNAL_VERSION}', 'status', 'active', 'model', ARGV[1], 'request', ARGV[2],
   'terms', ARGV[3], 'createdMs', ARGV[4], 'fence', ARGV[5])
-return 1`;
+return 1`);
 
 /**
  * KEYS job; ARGV fence, 1 when the engine is dead. Gives the job back: nobody holds it.
  * @returns {stale}, {missing} or {released, suspicion}.
  */
-export const releaseScript = `${fenced}
+export const releaseScript = new Script(`${fenced}
 stored = ARGV[1]
 local died = ARGV[2] == '1'
 ${suspect}
 if redis.call('HEXISTS', KEYS[1], 'ending') == 0 then redis.call('HSET', KEYS[1], 'status', 'waiting') end
-return {'released', suspicion}`;
+return {'released', suspicion}`);
 
 /**
  * KEYS job, streams, lists; ARGV ending, retention in seconds, channel, number of streams, channel of engines, id. A
  * waiting job ends at once; an active one is asked to. @returns missing, already, cancelled or requested.
  */
-export const cancelScript = `
+export const cancelScript = new Script(`
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'missing' end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return 'already' end
@@ -238,13 +252,13 @@ redis.call('HSET', KEYS[1], 'status', 'cancelled', 'ending', ARGV[1])
 expireAll(ARGV[2])
 redis.call('PUBLISH', ARGV[3], '')
 tellWebhook()
-return 'cancelled'`;
+return 'cancelled'`);
 
 /**
  * KEYS job, streams, lists; ARGV ending if somebody asked for the cancellation, ending if not, retention in seconds,
  * channel, number of streams. Ends a job that no engine ends. @returns missing, already or ended.
  */
-export const endUnheldScript = `
+export const endUnheldScript = new Script(`
 if redis.call('HEXISTS', KEYS[1], 'status') == 0 then return 'missing' end
 if redis.call('HEXISTS', KEYS[1], 'ending') == 1 then return 'already' end
 local ending = redis.call('HGET', KEYS[1], 'cancel') == '1' and ARGV[1] or ARGV[2]
@@ -254,4 +268,4 @@ redis.call('HSET', KEYS[1], 'status', cjson.decode(ending).status, 'ending', end
 expireAll(ARGV[3])
 redis.call('PUBLISH', ARGV[4], '')
 tellWebhook()
-return 'ended'`;
+return 'ended'`);

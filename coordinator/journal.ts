@@ -12,6 +12,7 @@ import {
   appendPromptScript,
   appendScript,
   cancelScript,
+  createArgs,
   createScript,
   endScript,
   endUnheldScript,
@@ -26,6 +27,7 @@ import {
 import { sequenceCount } from './job-sequences.js';
 import type { Ending, FinishReason, JobTerms, Request, TokenLogprobs } from './request.js';
 import { connectRedis, type Patience } from './store-connection.js';
+import type { Script } from './store-script.js';
 
 export type { JournalEntry } from './journal-entry.js';
 export type { JobRecord, JobStatus } from './journal-reader.js';
@@ -89,8 +91,8 @@ export class Journal extends JournalReader {
 
   /** Writes down a new job. @returns false when it is known already. @throws CaravanError `redis_unavailable`. */
   async create(id: string, request: Request, terms: JobTerms): Promise<boolean> {
-    const args = [request.model, JSON.stringify(request), JSON.stringify(terms), Date.now()];
-    return (await this.call(() => this.redis.eval(createScript, 1, jobKey(id), ...args))) === 1;
+    const args = createArgs(request, terms);
+    return (await this.call(() => createScript.run(this.redis, [jobKey(id)], args))) === 1;
   }
 
   /** Removes a job that could not be queued, or that nobody needs any more. @param sequences that it has. */
@@ -101,30 +103,33 @@ export class Journal extends JournalReader {
   /** Takes a job for an engine: from now on, whoever held it before can write nothing. */
   async take(id: string, engineId: string): Promise<Take | { readonly kind: 'missing' | 'ended' }> {
     const run = await this.call(() => this.#redisRun());
-    const [kind, ...rest] = (await this.call(() =>
-      this.redis.eval(takeScript, 1, jobKey(id), engineId, run),
-    )) as ['taken' | 'missing' | 'ended' | 'newer', ...string[]];
-    if (kind === 'newer') {
+    const answer = (await this.call(() =>
+      takeScript.run(this.redis, [jobKey(id)], [engineId, run]),
+    )) as
+      | ['missing' | 'ended']
+      | ['newer', string]
+      | ['taken', ...[string, string, string, string, number, string, 0 | 1]];
+    if (answer[0] === 'newer') {
       throw new CaravanError(
         'protocol_mismatch',
-        `${id} is of journal version ${rest[0]!}, this engine reads up to ${JOURNAL_VERSION}: it is left to a newer one`,
+        `${id} is of journal version ${answer[1]}, this engine reads up to ${JOURNAL_VERSION}: it is left to a newer one`,
       );
     }
-    if (kind !== 'taken') return { kind };
-    const [fence, cancel, request, terms, suspicion, lastStep] = rest;
-    const asked = JSON.parse(request!) as Request;
+    if (answer[0] !== 'taken') return { kind: answer[0] };
+    const [kind, fence, cancel, request, terms, suspicion, lastStep, isFirst] = answer;
+    const asked = JSON.parse(request) as Request;
     return {
       kind,
       id,
       fence: Number(fence),
       isCancelled: cancel === '1',
-      suspicion: Number(suspicion),
-      lastStep: lastStep!,
+      suspicion,
+      lastStep,
       request: asked,
-      terms: JSON.parse(terms!) as JobTerms,
+      terms: JSON.parse(terms) as JobTerms,
       sequences: await Promise.all(
         Array.from({ length: sequenceCount(asked) }, async (_, index) => {
-          // At once: a new job has neither, and waits for both.
+          if (isFirst === 1) return progressOf([], 0);
           const reading = [this.entries(id, index, 0), this.#promptCount(id, index)] as const;
           return progressOf(...(await Promise.all(reading)));
         }),
@@ -204,8 +209,8 @@ export class Journal extends JournalReader {
 
   /** Writes down again a job that this engine runs and Redis, killed, has lost. */
   async restore({ id, fence, request, terms }: Take): Promise<void> {
-    const args = [request.model, JSON.stringify(request), JSON.stringify(terms), Date.now(), fence];
-    await this.redis.eval(restoreScript, 1, jobKey(id), ...args);
+    const args = [...createArgs(request, terms), fence];
+    await restoreScript.run(this.redis, [jobKey(id)], args);
   }
 
   /**
@@ -215,19 +220,17 @@ export class Journal extends JournalReader {
    * @returns deaths that the job is suspected of.
    */
   async release({ id, fence }: Pick<Take, 'id' | 'fence'>, isEngineDead = false): Promise<number> {
-    const [, suspicion] = (await this.redis.eval(
-      releaseScript,
-      1,
-      jobKey(id),
-      fence,
-      isEngineDead ? 1 : 0,
+    const [, suspicion] = (await releaseScript.run(
+      this.redis,
+      [jobKey(id)],
+      [fence, isEngineDead ? 1 : 0],
     )) as [string, number | undefined];
     return suspicion ?? 0;
   }
 
   /** A suspected job begins a step, alone: should it be the last, this tells which it was. */
   async beginStep({ id, fence }: Pick<Take, 'id' | 'fence'>, step: string): Promise<void> {
-    await this.redis.eval(stepScript, 1, jobKey(id), fence, step);
+    await stepScript.run(this.redis, [jobKey(id)], [fence, step]);
   }
 
   /** Puts a job on the list of those that end their engines; can be repeated. */
@@ -256,9 +259,8 @@ export class Journal extends JournalReader {
     if (count === null) throw unknownJob(id);
     const keys = keysOf(id, count);
     const args = [CANCELLED, RETENTION_S, channelOf(id), count, CANCEL_CHANNEL, id];
-    const outcome = (await this.call(() =>
-      this.redis.eval(cancelScript, keys.length, ...keys, ...args),
-    )) as 'missing' | 'already' | 'cancelled' | 'requested';
+    const outcome = (await this.call(() => cancelScript.run(this.redis, keys, args))) as
+      'missing' | 'already' | 'cancelled' | 'requested';
     if (outcome === 'missing') throw unknownJob(id);
     return outcome;
   }
@@ -269,9 +271,8 @@ export class Journal extends JournalReader {
     if (count === null) return 'missing';
     const keys = keysOf(id, count);
     const args = [CANCELLED, EXPIRED, RETENTION_S, channelOf(id), count];
-    return (await this.call(() =>
-      this.redis.eval(endUnheldScript, keys.length, ...keys, ...args),
-    )) as 'missing' | 'already' | 'ended';
+    return (await this.call(() => endUnheldScript.run(this.redis, keys, args))) as
+      'missing' | 'already' | 'ended';
   }
 
   /** Whether somebody asked for the cancellation of an active job. */
@@ -318,11 +319,11 @@ export class Journal extends JournalReader {
   /** Runs a script of a take. */
   async #write(
     index: number,
-    script: string,
+    script: Script,
     keys: readonly string[],
     args: readonly (string | number)[],
   ): Promise<Written> {
-    const [kind, second, at] = (await this.redis.eval(script, keys.length, ...keys, ...args)) as [
+    const [kind, second, at] = (await script.run(this.redis, keys, args)) as [
       'stale' | 'missing' | 'already' | 'offset' | 'appended' | 'finished' | 'ended',
       number | string | undefined,
       number | undefined,

@@ -25,8 +25,9 @@
  * An engine promotes the job that it chose and then fetches from BullMQ, which gives the promoted job that comes first.
  * Two engines that do so at once may get each other's: both were chosen. What a fetch brings unchosen is put back.
  */
-import { createHash } from 'node:crypto';
 import { FACTOR, LEVELS } from './demand-spans.js';
+import { createFunction } from './journal-scripts.js';
+import { Script } from './store-script.js';
 
 /** Parts of the key names, in the order of the scripts' KEYS; BullMQ's own come after them. */
 export const orderParts = [
@@ -56,12 +57,6 @@ export const bullParts = [
 
 /** Another engine leaves a job to the one that promoted it for this long. */
 export const PROMOTED_MS = 2_000;
-
-/** A script and the name by which Redis knows it once it has run. */
-export interface Script {
-  readonly text: string;
-  readonly digest: string;
-}
 
 const prelude = `
 local waiting, lanes, ages, due, demands, running, promoted, served, loads, tenants, state = unpack(KEYS, 1, 11)
@@ -172,20 +167,19 @@ local function revive(job)
 end
 `;
 
-export const script = (text: string): Script => ({
-  text: `${prelude}${text}`,
-  digest: createHash('sha1').update(`${prelude}${text}`).digest('hex'),
-});
+export const script = (text: string): Script => new Script(`${prelude}${text}`);
 
 /**
  * ARGV record, id, tenant, now, then limits, each empty for none: waiting jobs, waiting tokens, the tenant's jobs and
  * waiting tokens, its requests a minute, the version of the promises that the record reckons with, and from when on
- * promised jobs need the engines for themselves. KEYS beside the usual: the tenant's requests of this minute.
- * @returns {reserved} or {known} or {full, which limit, what stands} or {raced}.
+ * promised jobs need the engines for themselves, then what the journal is told of the job, if it is. KEYS beside the
+ * usual: the tenant's requests of this minute, the job of the journal.
+ * @returns {reserved or known, 1 if the journal did not know it} or {full, which limit, what stands} or {raced}.
  */
-export const reserveScript = script(`
+export const reserveScript = script(`${createFunction}
 local job = cjson.decode(ARGV[1])
-if call('HEXISTS', waiting, job.id) == 1 or call('HEXISTS', running, job.id) == 1 then return {'known'} end
+local function write() return ARGV[9] and create(KEYS[22], unpack(ARGV, 9)) or 0 end
+if call('HEXISTS', waiting, job.id) == 1 or call('HEXISTS', running, job.id) == 1 then return {'known', write()} end
 local stands = {
   number(call('HGET', state, 'jobs')) + 1,
   number(call('HGET', state, 'tokens')) + job.tokens,
@@ -209,7 +203,7 @@ if ARGV[8] ~= '' then
   end
 end
 reserve(job, ARGV[1])
-return {'reserved'}`);
+return {'reserved', write()}`);
 
 /** ARGV id. The job was added to BullMQ: it can be chosen. */
 export const enterScript = script(`

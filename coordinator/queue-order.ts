@@ -4,6 +4,7 @@ import type { Stand } from './admission.js';
 import { spansFrom, workOf } from './demand-spans.js';
 import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey } from './journal-keys.js';
+import { createArgs } from './journal-scripts.js';
 import type { Choice, HeldJob, OrderView } from './order.js';
 import {
   adoptScript,
@@ -18,7 +19,6 @@ import {
   putBackScript,
   reserveScript,
   standScript,
-  type Script,
 } from './queue-order-scripts.js';
 import {
   holdScript,
@@ -29,6 +29,7 @@ import {
 } from './queue-mend-scripts.js';
 import { jobOf, queuedJobOf, recordOf } from './queue-record.js';
 import type { JobTerms, Request } from './request.js';
+import type { Commands, Script } from './store-script.js';
 
 /** What the order knows of a job that was added to BullMQ by others and that no journal knows. */
 const FOREIGN_TERMS: JobTerms = { priority: 100, deadlineMs: null };
@@ -93,10 +94,17 @@ export interface ReserveCheck {
   readonly version?: number;
   /** With this one among them, promised jobs need the engines for themselves from then on. */
   readonly pressedFromMs?: number;
+  /** What is written into the journal in the same moment, should it not know the job. */
+  readonly request?: Request;
 }
 
 export type Reserved =
-  | { readonly kind: 'reserved' | 'known' | 'raced' }
+  | {
+      readonly kind: 'reserved' | 'known';
+      /** Whether the job was written into the journal. */
+      readonly isWritten: boolean;
+    }
+  | { readonly kind: 'raced' }
   | { readonly kind: 'full'; readonly limit: keyof QueueLimits; readonly stands: number };
 
 const limitNames: readonly (keyof QueueLimits)[] = [
@@ -134,6 +142,7 @@ export class QueueOrder {
       ...orderParts.map((part) => `caravan:order:${queue}:${part}`),
       ...bullParts.map((part) => `bull:${queue}:${part}`),
     ];
+    enterScript.define(redis);
   }
 
   /** Makes room for a job that is not in BullMQ yet. */
@@ -142,27 +151,35 @@ export class QueueOrder {
     terms: JobTerms,
     size: JobSize,
     nowMs: number,
-    { limits, version, pressedFromMs }: ReserveCheck = {},
+    { limits, version, pressedFromMs, request }: ReserveCheck = {},
   ): Promise<Reserved> {
     const job = queuedJobOf(id, terms, size, nowMs);
     const minute = Math.floor(nowMs / 60_000);
-    const [kind, which, stands] = (await this.#run(
+    const [kind, second, stands] = (await this.#run(
       reserveScript,
       [
         JSON.stringify(recordOf(job)),
         ...limitNames.map((name) => limits?.[name] ?? ''),
         version ?? '',
         pressedFromMs === undefined ? '' : Math.round(pressedFromMs),
+        ...(request === undefined ? [] : createArgs(request, terms)),
       ],
-      [`caravan:requests:${job.tenant}:${minute}`],
-    )) as ['reserved' | 'known' | 'raced'] | ['full', number, string];
-    if (kind !== 'full') return { kind };
-    return { kind, limit: limitNames[which - 1]!, stands: Number(stands) };
+      [`caravan:requests:${job.tenant}:${minute}`, jobKey(id)],
+    )) as ['raced'] | ['reserved' | 'known', number] | ['full', number, string];
+    if (kind === 'full') {
+      return { kind, limit: limitNames[second - 1]!, stands: Number(stands) };
+    }
+    return kind === 'raced' ? { kind } : { kind, isWritten: second === 1 };
   }
 
   /** BullMQ has the job: engines can choose it. */
   async enter(id: string): Promise<void> {
     await this.#run(enterScript, [id]);
+  }
+
+  /** As `enter`, as the next one of commands that this connection sends together. */
+  enterWith(commands: Commands, id: string): void {
+    enterScript.queue(commands, this.#keys, [id]);
   }
 
   async stand(): Promise<StandOfQueue> {
@@ -361,17 +378,10 @@ export class QueueOrder {
   }
 
   async #run(
-    { text, digest }: Script,
+    script: Script,
     args: readonly (string | number)[],
     moreKeys: readonly string[] = [],
   ): Promise<unknown> {
-    const keys = [...this.#keys, ...moreKeys];
-    try {
-      return await this.#redis.evalsha(digest, keys.length, ...keys, ...args);
-    } catch (error) {
-      // A Redis that was started again knows no scripts.
-      if (!(error instanceof Error) || !error.message.startsWith('NOSCRIPT')) throw error;
-      return this.#redis.eval(text, keys.length, ...keys, ...args);
-    }
+    return script.run(this.#redis, [...this.#keys, ...moreKeys], args);
   }
 }

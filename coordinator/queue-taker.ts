@@ -6,7 +6,7 @@ import { Redis } from 'ioredis';
 import { Bell } from './bell.js';
 import { graceAfter } from './grace.js';
 import { chooseJob, type Choice, type HeldJob, type OrderRules } from './order.js';
-import { addToBull } from './queue.js';
+import { bullJob } from './queue.js';
 import { connectionOf, queueName } from './queue-connection.js';
 import { QueueOrder, wakeChannelOf, type LostJob } from './queue-order.js';
 import type { TakenJob } from './taken-job.js';
@@ -199,7 +199,9 @@ export class JobTaker {
   }
 
   async #addLost(jobs: readonly LostJob[]): Promise<void> {
-    for (const { id, terms } of jobs) await addToBull(this.#queue, id, terms);
+    for (const { id, terms } of jobs) {
+      await bullJob(this.#queue, id, terms).addJob(await this.#queue.backend.client);
+    }
   }
 
   #wake(): void {

@@ -7,7 +7,7 @@
  *                   └── giveBack, or its lock ran out (the engine died)
  */
 import { setTimeout as delay } from 'node:timers/promises';
-import { Queue, type Job, type JobType } from 'bullmq';
+import { Job, Queue, type JobType } from 'bullmq';
 import { Redis } from 'ioredis';
 import { connectionOf, queueName } from './queue-connection.js';
 import {
@@ -18,7 +18,7 @@ import {
   type StandOfQueue,
 } from './queue-order.js';
 import type { JobTerms } from './request.js';
-import { asCall, unavailable } from './store-connection.js';
+import { asCall, CALL_TIMEOUT_MS, unavailable } from './store-connection.js';
 
 /** What jobs are reckoned with whose size nobody says. */
 const UNKNOWN_SIZE: JobSize = { tokens: 0, outputTokens: 0 };
@@ -32,16 +32,12 @@ export interface QueueCounts {
   readonly failed: number;
 }
 
-/** BullMQ's part of a job: its data is in the journal. Does nothing when BullMQ knows the id. */
-export async function addToBull(
-  queue: Queue,
-  id: string,
-  { priority, retentionS }: JobTerms,
-): Promise<void> {
+/** BullMQ's part of a job: its data is in the journal. Adding it does nothing when BullMQ knows the id. */
+export function bullJob(queue: Queue, id: string, { priority, retentionS }: JobTerms): Job {
   const kept = { ...KEPT_ENDED, ...(retentionS === undefined ? {} : { age: retentionS }) };
   // Jobs without a priority would outrank all others: every job has one.
   const options = { jobId: id, priority, removeOnComplete: kept, removeOnFail: kept };
-  await queue.add('generate', {}, options);
+  return new Job(queue, 'generate', {}, options, id);
 }
 
 /** The side that adds jobs and looks at them. */
@@ -78,8 +74,14 @@ export class JobQueue {
 
   /** Adds a job for which there is room. @throws CaravanError `redis_unavailable`. */
   async add(id: string, terms: JobTerms): Promise<void> {
-    await this.#call(() => addToBull(this.#queue, id, terms));
-    await this.#call(() => this.#order.enter(id));
+    await this.#call(async () => {
+      // Together, in this order: what the order has and BullMQ has not would be taken for lost.
+      const commands = (await this.#queue.backend.client).pipeline();
+      const adding = bullJob(this.#queue, id, terms).addJob(commands);
+      this.#order.enterWith(commands, id);
+      await adding;
+      for (const [error] of (await commands.exec()) ?? []) if (error !== null) throw error;
+    });
   }
 
   /** Gives up the room of a job that was not added. */
@@ -158,15 +160,16 @@ export class JobQueue {
 
   async #call<T>(call: () => Promise<T>): Promise<T> {
     return asCall(this.#url, async () => {
-      const timeout = new AbortController();
-      const late = delay(2_500, undefined, { signal: timeout.signal }).then(() => {
-        throw unavailable(this.#url, new Error('no answer'));
+      let timer: NodeJS.Timeout | undefined;
+      const late = new Promise<never>((_, reject) => {
+        timer = setTimeout(() => {
+          reject(unavailable(this.#url, new Error('no answer')));
+        }, CALL_TIMEOUT_MS);
       });
-      late.catch(() => undefined);
       try {
         return await Promise.race([call(), late]);
       } finally {
-        timeout.abort();
+        clearTimeout(timer);
       }
     });
   }

@@ -24,6 +24,7 @@ import {
   takeScript,
 } from './store-batch-scripts.js';
 import type { StoreConnection } from './store-connection.js';
+import type { Script } from './store-script.js';
 import type { Page } from './store-files.js';
 
 /** How long a batch that has ended can be looked at. */
@@ -75,7 +76,7 @@ export class BatchRecords {
   async create(order: BatchOrder, mostOpen: number): Promise<void> {
     const keys = [batchKey(order.id), CREATED, OPEN];
     const args = [order.id, order.createdMs, mostOpen, JSON.stringify(order)];
-    const outcome = await this.#call(() => this.#redis.eval(createScript, 3, ...keys, ...args));
+    const outcome = await this.#call(() => createScript.run(this.#redis, keys, args));
     if (outcome === 'full') {
       throw new CaravanError(
         'queue_full',
@@ -129,7 +130,7 @@ export class BatchRecords {
   async cancel(id: string): Promise<BatchStatus> {
     const nowS = Math.floor(Date.now() / 1000);
     const outcome = (await this.#call(() =>
-      this.#redis.eval(cancelScript, 1, batchKey(id), nowS),
+      cancelScript.run(this.#redis, [batchKey(id)], [nowS]),
     )) as BatchStatus | 'missing';
     if (outcome === 'missing') throw new CaravanError('not_found', `batch ${id} does not exist`);
     return outcome;
@@ -143,7 +144,7 @@ export class BatchRecords {
   /** Holds a batch that nobody holds. @returns null when somebody does, or it is gone. */
   async take(id: string, holder: string, leaseMs: number): Promise<Hold | null> {
     const [kind, fence] = (await this.#call(() =>
-      this.#redis.eval(takeScript, 1, batchKey(id), holder, leaseMs),
+      takeScript.run(this.#redis, [batchKey(id)], [holder, leaseMs]),
     )) as ['missing' | 'held' | 'taken', string];
     if (kind === 'taken') return { id, fence };
     if (kind === 'missing') await this.#call(() => this.#redis.srem(OPEN, id));
@@ -153,7 +154,7 @@ export class BatchRecords {
   /** @param leaseMs 0 gives the batch up. @returns its status, or null when another gateway has it. */
   async renew({ id, fence }: Hold, leaseMs: number): Promise<BatchStatus | null> {
     const [kind, status] = (await this.#call(() =>
-      this.#redis.eval(renewScript, 1, batchKey(id), fence, leaseMs),
+      renewScript.run(this.#redis, [batchKey(id)], [fence, leaseMs]),
     )) as ['stale' | 'held', BatchStatus];
     return kind === 'held' ? status : null;
   }
@@ -229,13 +230,13 @@ export class BatchRecords {
   }
 
   async #write(
-    script: string,
+    script: Script,
     keys: readonly string[],
     args: readonly (string | number)[],
   ): Promise<BatchWritten> {
-    const [outcome] = (await this.#call(() =>
-      this.#redis.eval(script, keys.length, ...keys, ...args),
-    )) as [BatchWritten];
+    const [outcome] = (await this.#call(() => script.run(this.#redis, keys, args))) as [
+      BatchWritten,
+    ];
     return outcome;
   }
 

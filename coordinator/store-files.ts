@@ -10,6 +10,7 @@ import { randomBytes } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import { CaravanError } from '../proto/errors.js';
 import type { StoreConnection } from './store-connection.js';
+import { Script } from './store-script.js';
 
 export type FilePurpose = 'batch' | 'batch_output';
 
@@ -45,7 +46,7 @@ const recordKey = (id: string): string => `caravan:{files}:record:${id}`;
 const LIST_STEP = 500;
 
 /** KEYS record, created, expiring, bytes; ARGV id, record, createdMs, expiresS or '', bytes, most bytes. */
-const addScript = `
+const addScript = new Script(`
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'known' end
 local sum = tonumber(redis.call('GET', KEYS[4]) or '0') + tonumber(ARGV[5])
 if sum > tonumber(ARGV[6]) then return 'full' end
@@ -53,17 +54,17 @@ redis.call('SET', KEYS[1], ARGV[2])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])
 if ARGV[4] ~= '' then redis.call('ZADD', KEYS[3], ARGV[4], ARGV[1]) end
 redis.call('INCRBY', KEYS[4], ARGV[5])
-return 'added'`;
+return 'added'`);
 
 /** KEYS record, created, expiring, bytes; ARGV id. @returns 1 when it was there. */
-const removeScript = `
+const removeScript = new Script(`
 local record = redis.call('GET', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('ZREM', KEYS[3], ARGV[1])
 if not record then return 0 end
 redis.call('DECRBY', KEYS[4], cjson.decode(record).bytes)
 redis.call('DEL', KEYS[1])
-return 1`;
+return 1`);
 
 export class FileRecords {
   readonly #connection: StoreConnection;
@@ -82,12 +83,13 @@ export class FileRecords {
    */
   async add(record: FileRecord, mostBytes = Number.MAX_SAFE_INTEGER): Promise<void> {
     const outcome = await this.#call(() =>
-      this.#redis.eval(
-        addScript,
-        4,
-        ...[recordKey(record.id), CREATED, EXPIRING, BYTES],
-        ...[record.id, JSON.stringify(record), record.createdMs, record.expiresS ?? ''],
-        ...[record.bytes, mostBytes],
+      addScript.run(
+        this.#redis,
+        [recordKey(record.id), CREATED, EXPIRING, BYTES],
+        [
+          ...[record.id, JSON.stringify(record), record.createdMs, record.expiresS ?? ''],
+          ...[record.bytes, mostBytes],
+        ],
       ),
     );
     if (outcome === 'full') {
@@ -109,7 +111,7 @@ export class FileRecords {
   /** @returns false when it was not there. */
   async remove(id: string): Promise<boolean> {
     const keys = [recordKey(id), CREATED, EXPIRING, BYTES];
-    return (await this.#call(() => this.#redis.eval(removeScript, 4, ...keys, id))) === 1;
+    return (await this.#call(() => removeScript.run(this.#redis, keys, [id]))) === 1;
   }
 
   /**

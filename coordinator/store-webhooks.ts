@@ -9,6 +9,7 @@
  */
 import type { Redis } from 'ioredis';
 import type { StoreConnection } from './store-connection.js';
+import { Script } from './store-script.js';
 
 export interface Delivery {
   readonly version: 1;
@@ -23,12 +24,14 @@ export interface Delivery {
 const DELIVERIES = 'caravan:{webhooks}:deliveries';
 const DUE = 'caravan:{webhooks}:due';
 
-/** KEYS deliveries, due; ARGV id, delivery, time of the next look. The first of one id counts. */
-const addScript = `
-if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) == 1 then redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1]) end`;
+/** KEYS deliveries, due; ARGV id, delivery, time of the next look. The first of one id counts. @returns 1 for that one. */
+const addScript = new Script(`
+if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])
+return 1`);
 
 /** KEYS deliveries, due; ARGV now, time until which they are ours, most. @returns deliveries. */
-const claimScript = `
+const claimScript = new Script(`
 local found = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], 0, ARGV[1], 'LIMIT', 0, ARGV[3])) do
   local delivery = redis.call('HGET', KEYS[1], id)
@@ -39,13 +42,13 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], 0, ARGV[1], 'LIMIT', 0,
     redis.call('ZREM', KEYS[2], id)
   end
 end
-return found`;
+return found`);
 
 /** KEYS deliveries, due; ARGV id, delivery, time of the next look. One that is there no more stays away. */
-const postponeScript = `
+const postponeScript = new Script(`
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])`;
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])`);
 
 export class WebhookRecords {
   readonly #connection: StoreConnection;
@@ -56,20 +59,20 @@ export class WebhookRecords {
     this.#redis = connection.redis;
   }
 
-  /** Before the job or batch itself: it cannot end unheard. Can be repeated. */
-  async add(id: string, url: string, lookMs: number): Promise<void> {
+  /** Before the job or batch itself: it cannot end unheard. Can be repeated. @returns whether it is the first. */
+  async add(id: string, url: string, lookMs: number): Promise<boolean> {
     const delivery: Delivery = { version: 1, id, url, createdMs: Date.now(), failures: 0 };
-    await this.#eval(addScript, [id, JSON.stringify(delivery), lookMs]);
+    return (await this.#run(addScript, [id, JSON.stringify(delivery), lookMs])) === 1;
   }
 
   /** Deliveries that are due; they are the caller's until `untilMs`. */
   async claim(nowMs: number, untilMs: number, most: number): Promise<Delivery[]> {
-    const texts = (await this.#eval(claimScript, [nowMs, untilMs, most])) as string[];
+    const texts = (await this.#run(claimScript, [nowMs, untilMs, most])) as string[];
     return texts.map((text) => JSON.parse(text) as Delivery);
   }
 
   async postpone(delivery: Delivery, lookMs: number): Promise<void> {
-    await this.#eval(postponeScript, [delivery.id, JSON.stringify(delivery), lookMs]);
+    await this.#run(postponeScript, [delivery.id, JSON.stringify(delivery), lookMs]);
   }
 
   /** What it is about has ended: it is looked at now. */
@@ -86,8 +89,8 @@ export class WebhookRecords {
     return this.#call(() => this.#redis.zcard(DUE));
   }
 
-  #eval(script: string, args: readonly (string | number)[]): Promise<unknown> {
-    return this.#call(() => this.#redis.eval(script, 2, DELIVERIES, DUE, ...args));
+  #run(script: Script, args: readonly (string | number)[]): Promise<unknown> {
+    return this.#call(() => script.run(this.#redis, [DELIVERIES, DUE], args));
   }
 
   #call<T>(call: () => Promise<T>): Promise<T> {

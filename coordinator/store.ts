@@ -13,6 +13,7 @@ import type { Speed } from './engine-speed.js';
 import type { Pace } from './pace.js';
 import type { ModelCard } from './request.js';
 import { StoreConnection, type Patience } from './store-connection.js';
+import { Script } from './store-script.js';
 
 const CARDS = 'caravan:cards';
 const PACES = 'caravan:paces';
@@ -129,7 +130,7 @@ export class Store {
   /** A group of ranks reads its weights, and will serve. */
   async beatLoading(model: string, engineId: string): Promise<void> {
     const args = [engineId, HEARTBEAT_TTL_MS];
-    await this.#call(() => this.#redis.eval(loadingScript, 1, loadingKey(model), ...args));
+    await this.#call(() => loadingScript.run(this.#redis, [loadingKey(model)], args));
   }
 
   async endLoading(model: string, engineId: string): Promise<void> {
@@ -138,7 +139,7 @@ export class Store {
 
   /** Ids of engines that read their weights and do not serve yet. */
   async loadingEngines(model: string): Promise<string[]> {
-    const ids = await this.#call(() => this.#redis.eval(loadingScript, 1, loadingKey(model), ''));
+    const ids = await this.#call(() => loadingScript.run(this.#redis, [loadingKey(model)], ['']));
     return ids as string[];
   }
 
@@ -192,13 +193,13 @@ export class Store {
 }
 
 /** Forgets what is over, adds an engine unless its id is empty, and says who is left. */
-const loadingScript = `
+const loadingScript = new Script(`
 local time = redis.call('TIME')
 local nowMs = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', nowMs)
 if ARGV[1] ~= '' then redis.call('ZADD', KEYS[1], nowMs + ARGV[2], ARGV[1]) end
 return redis.call('ZRANGE', KEYS[1], 0, -1)
-`;
+`);
 
 const loadingKey = (model: string): string => `caravan:loading:{${model}}`;
 const speedsKey = (model: string): string => `caravan:speeds:{${model}}`;

@@ -33,8 +33,14 @@ export class WebhookIntake {
     this.#policy.check(webhook.url);
   }
 
-  /** Can be repeated. @throws CaravanError `redis_unavailable`. */
-  async add(id: string, webhook: { readonly url: string } | null | undefined): Promise<void> {
-    if (webhook != null) await this.#records.add(id, webhook.url, Date.now() + FIRST_LOOK_MS);
+  /** Can be repeated. @returns whether the wish is new. @throws CaravanError `redis_unavailable`. */
+  async add(id: string, webhook: { readonly url: string } | null | undefined): Promise<boolean> {
+    if (webhook == null) return false;
+    return this.#records.add(id, webhook.url, Date.now() + FIRST_LOOK_MS);
+  }
+
+  /** What it was about was not let in. */
+  async remove(id: string): Promise<void> {
+    await this.#records.remove(id);
   }
 }

@@ -27,7 +27,7 @@ async function open(
 ): Promise<TestGateway> {
   const gateway = await startGateway(undefined, {
     intake: { tenants, rules: { ...openRules, ...rules } },
-    maxBodyBytes: 4096,
+    ...{ maxBodyBytes: 4096, webhookSecret: SECRET, webhookAllow: ['127.0.0.1/32'] },
   });
   context.after(() => gateway.stop());
   return gateway;
@@ -52,6 +52,7 @@ async function ask(
   return { status: response.status, headers: response.headers, error };
 }
 
+const SECRET = `whsec_${Buffer.from('a secret of this test, 32 bytes.').toString('base64')}`;
 let keyCount = 0;
 // With a key of its own, a job stays when its client leaves.
 const key = (): string => `key-${(keyCount += 1)}`;
@@ -141,14 +142,19 @@ void test('a full queue says so, and when to come again', async (context) => {
   const gateway = await open(context, { maxQueuedJobs: 3, maxQueuedTokens: 400 });
   const jobs = async (): Promise<number> => (await gateway.jobIds()).length;
   for (let i = 0; i < 3; i += 1) assert.equal((await ask(gateway, {})).status, 200);
-  const full = await ask(gateway, {});
+  const full = await ask(gateway, { webhook: { url: 'http://127.0.0.1:9/' } });
   assert.equal(full.status, 429);
   assert.equal(full.error?.code, 'queue_full');
   assert.match(full.error.message, /^jobs in the queue would be 4, and at most 3 are taken/);
   assert.ok(Number(full.headers.get('retry-after')) >= 1);
   assert.equal(await jobs(), 3);
   // What was refused has left nothing.
-  assert.equal((await gateway.jobIds()).length, 3);
+  const raw = new Redis(gateway.redis.url);
+  context.after(() => {
+    raw.disconnect();
+  });
+  assert.equal((await raw.keys('caravan:{job_*')).length, 3);
+  assert.deepEqual(await raw.keys('caravan:{webhooks}*'), []);
 
   const other = await open(context, { maxQueuedTokens: 300 });
   await beat(other);

@@ -1,6 +1,7 @@
 /** The queue keeps order and locks, and says within seconds that Redis is dead. */
 import assert from 'node:assert/strict';
 import { after, test, type TestContext } from 'node:test';
+import { Redis } from 'ioredis';
 import { JobTaker } from '../coordinator/queue-taker.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { TakenJob } from '../coordinator/taken-job.js';
@@ -89,6 +90,31 @@ void test('one job of two takers is taken by one', async (context) => {
     }),
   );
   assert.deepEqual(seen.sort(), ids.sort());
+});
+
+void test('scripts are sent to Redis once, and again when it has forgotten them', async (context) => {
+  const { queue, startTaker } = open(context, 'scripts');
+  const taker = startTaker();
+  const raw = new Redis(redis.url);
+  context.after(() => {
+    raw.disconnect();
+  });
+  const run = async (id: string): Promise<void> => {
+    await submit(queue, id);
+    const job = await taken(taker);
+    assert.equal(job.id, id);
+    await job.finish(false);
+  };
+  const texts = async (): Promise<number> =>
+    Number(/^cmdstat_eval:calls=(\d+)/m.exec(await raw.info('commandstats'))?.[1] ?? 0);
+  await run('first');
+  const known = await texts();
+  for (let i = 0; i < 5; i += 1) await run(`more-${i}`);
+  assert.equal(await texts(), known);
+  await raw.script('FLUSH');
+  await run('last');
+  assert.ok((await texts()) > known);
+  assert.deepEqual(await queue.counts(), { waiting: 0, active: 0, completed: 7, failed: 0 });
 });
 
 void test('every call on a dead Redis fails in time, and works again when it is back', async (context) => {

@@ -107,7 +107,7 @@ class Watch {
       const [name, , keyCount, job] = args;
       const id = /^caravan:\{(.*)\}:job$/.exec(job ?? '')?.[1];
       this.#script =
-        name?.toLowerCase() === 'eval' && id !== undefined
+        /^eval(sha)?$/i.test(name ?? '') && id !== undefined
           ? { id, fence: args[3 + Number(keyCount)] }
           : null;
       if (this.#script !== null && this.#isLosers(this.#script)) this.loserCalls += 1;
