@@ -14,11 +14,11 @@ import {
 } from './job-sequences.js';
 import type { Estimate } from './admission.js';
 import type { IdempotencyKey } from './idempotency-key.js';
-import type { Admitted, Intake } from './intake.js';
+import type { Intake } from './intake.js';
 import { newJobId, type Journal } from './journal.js';
 import type { JournalEntry, StreamEntry } from './journal-entry.js';
 import { JobQueue } from './queue.js';
-import { jobSizeOf, type JobSize } from './queue-order.js';
+import { jobSizeOf } from './queue-order.js';
 import type { Asked } from './openai.js';
 import { answerBody, type AnswerHead, type ShownChoice } from './openai-answer.js';
 import type { Ending, JobTerms, Request, Usage } from './request.js';
@@ -90,32 +90,23 @@ export class Answers {
    * @throws CaravanError `queue_full`, `rate_limited`, `deadline_unmeetable`, `redis_unavailable`.
    */
   async submit(asked: KnownJob, id = newJobId(), tenant: Tenant | null = null): Promise<Submitted> {
-    const { request } = asked;
-    this.#webhooks?.check(asked.terms.webhook);
+    const { request, terms } = asked;
+    this.#webhooks?.check(terms.webhook);
     const queue = this.queueOf(request.model);
     const size = jobSizeOf(request);
-    const isNewWish = await this.#webhooks?.add(id, asked.terms.webhook);
-    let admitted: Admitted;
+    const isNewWish = await this.#webhooks?.add(id, terms.webhook);
     try {
-      admitted =
-        this.#intake === null
-          ? await letIn(queue, id, request, asked.terms, size)
-          : await this.#intake.admit(queue, id, request, asked.terms, size, tenant);
+      if (this.#intake !== null) {
+        return { id, ...(await this.#intake.admit(queue, id, request, terms, size, tenant)) };
+      }
+      await queue.enqueue(id, terms, size, { request });
+      return { id, terms, estimate: null };
     } catch (error) {
       // A Redis that did not answer may have let it in.
       const isRefused = error instanceof CaravanError && error.code !== 'redis_unavailable';
       if (isNewWish === true && isRefused) await this.#webhooks!.remove(id).catch(() => undefined);
       throw error;
     }
-    const { terms, estimate, isNew, isWritten } = admitted;
-    try {
-      await queue.add(id, terms);
-    } catch (error) {
-      if (isNew) await queue.forget(id).catch(() => undefined);
-      if (isWritten) await this.#journal.forget(id, sequenceCount(request)).catch(() => undefined);
-      throw error;
-    }
-    return { id, terms, estimate };
   }
 
   /**
@@ -255,19 +246,6 @@ export class Answers {
     this.#awaited.close();
     await Promise.all([...this.#queues.values()].map((queue) => queue.close()));
   }
-}
-
-/** As `Intake.admit`, where there are no limits and nothing is promised. */
-async function letIn(
-  queue: JobQueue,
-  id: string,
-  request: Request,
-  terms: JobTerms,
-  size: JobSize,
-): Promise<Admitted> {
-  const reserved = await queue.reserve(id, terms, size, { request });
-  const isWritten = 'isWritten' in reserved && reserved.isWritten;
-  return { terms, estimate: null, isNew: reserved.kind === 'reserved', isWritten };
 }
 
 /** The ending of a job, and, of a job of one, how its sequence finished. @throws CaravanError. */

@@ -6,7 +6,8 @@ import { CaravanError } from '../proto/errors.js';
 import { admit, estimate, type Estimate, type Power, type Stand } from './admission.js';
 import { meanPace, SteadyPace } from './pace.js';
 import type { JobQueue } from './queue.js';
-import type { JobSize, QueueLimits, ReserveCheck, Reserved, StandOfQueue } from './queue-order.js';
+import type { JobSize, StandOfQueue } from './queue-order.js';
+import type { QueueLimits, ReserveCheck, Reserved } from './queue-reservation.js';
 import type { JobTerms, Request } from './request.js';
 import type { EngineBeat, Store } from './store.js';
 import type { Tenant } from './tenant.js';
@@ -24,15 +25,11 @@ export interface IntakeRules {
 /** A job that was let in. */
 export interface Admitted {
   readonly terms: JobTerms;
-  /** Whether there was no room for it before. */
-  readonly isNew: boolean;
-  /** Whether the journal did not know it before. */
-  readonly isWritten: boolean;
   /** Null where nothing was measured yet. */
   readonly estimate: Estimate | null;
 }
 
-interface Reckoned extends Omit<Admitted, 'isNew' | 'isWritten'> {
+interface Reckoned extends Admitted {
   /** Of the promises that were reckoned with. */
   readonly version: number;
   /** Where it is promised: see `Verdict`. */
@@ -67,7 +64,7 @@ export class Intake {
   }
 
   /**
-   * Makes room for a job in its queue, and writes it into the journal.
+   * Puts a job into its queue, and into the journal.
    *
    * @param tenant whose quotas count; null for jobs that have none, as those of batches.
    * @throws CaravanError `queue_full`, `rate_limited`, `deadline_unmeetable`, `redis_unavailable`.
@@ -107,11 +104,10 @@ export class Intake {
         ...{ limits, request, ...(isChecked ? { version } : {}) },
         ...(pressedFromMs === undefined ? {} : { pressedFromMs }),
       };
-      const reserved = await queue.reserve(id, admitted.terms, size, check);
+      const reserved = await queue.enqueue(id, admitted.terms, size, check);
       if (reserved.kind === 'full') throw this.#refusal(model, reserved, limits);
-      if (reserved.kind === 'raced') continue;
-      const { kind, isWritten } = reserved;
-      return { ...admitted, isNew: kind === 'reserved', isWritten };
+      const { terms: promised, estimate } = admitted;
+      if (reserved.kind !== 'raced') return { terms: promised, estimate };
     }
   }
 

@@ -6,18 +6,17 @@ import { sequenceCount, sequenceRequest } from './job-sequences.js';
 import { jobKey } from './journal-keys.js';
 import { createArgs } from './journal-scripts.js';
 import type { Choice, HeldJob, OrderView } from './order.js';
+import { enterScript, reserveScript } from './queue-entry-scripts.js';
 import {
   adoptScript,
   bullParts,
   confirmScript,
-  enterScript,
   forgetScript,
   lookScript,
   orderParts,
   promoteScript,
   PROMOTED_MS,
   putBackScript,
-  reserveScript,
   standScript,
 } from './queue-order-scripts.js';
 import {
@@ -27,6 +26,7 @@ import {
   overdueScript,
   standingScript,
 } from './queue-mend-scripts.js';
+import { reserveArgs, type ReserveCheck } from './queue-reservation.js';
 import { jobOf, queuedJobOf, recordOf } from './queue-record.js';
 import type { JobTerms, Request } from './request.js';
 import type { Commands, Script } from './store-script.js';
@@ -69,15 +69,6 @@ export interface LostJob {
   readonly terms: JobTerms;
 }
 
-/** What may be in the queue; null for no limit. */
-export interface QueueLimits {
-  readonly jobs: number | null;
-  readonly tokens: number | null;
-  readonly tenantJobs: number | null;
-  readonly tenantTokens: number | null;
-  readonly tenantRequestsPerMinute: number | null;
-}
-
 /** What stands in a queue, for all classes. */
 export interface StandOfQueue extends Pick<Stand, 'promised' | 'running'> {
   /** Waiting tokens by priority. */
@@ -86,34 +77,6 @@ export interface StandOfQueue extends Pick<Stand, 'promised' | 'running'> {
   /** Grows with every promise that is made or is no more. */
   readonly version: number;
 }
-
-/** What must hold for a job to be let in, and what follows for the queue. */
-export interface ReserveCheck {
-  readonly limits?: QueueLimits;
-  /** Of the promises that were reckoned with. */
-  readonly version?: number;
-  /** With this one among them, promised jobs need the engines for themselves from then on. */
-  readonly pressedFromMs?: number;
-  /** What is written into the journal in the same moment, should it not know the job. */
-  readonly request?: Request;
-}
-
-export type Reserved =
-  | {
-      readonly kind: 'reserved' | 'known';
-      /** Whether the job was written into the journal. */
-      readonly isWritten: boolean;
-    }
-  | { readonly kind: 'raced' }
-  | { readonly kind: 'full'; readonly limit: keyof QueueLimits; readonly stands: number };
-
-const limitNames: readonly (keyof QueueLimits)[] = [
-  'jobs',
-  'tokens',
-  'tenantJobs',
-  'tenantTokens',
-  'tenantRequestsPerMinute',
-];
 
 export type Look =
   | { readonly kind: 'paused' }
@@ -142,34 +105,24 @@ export class QueueOrder {
       ...orderParts.map((part) => `caravan:order:${queue}:${part}`),
       ...bullParts.map((part) => `bull:${queue}:${part}`),
     ];
-    enterScript.define(redis);
+    for (const each of [reserveScript, enterScript]) each.define(redis);
   }
 
   /** Makes room for a job that is not in BullMQ yet. */
-  async reserve(
+  async reserve(id: string, terms: JobTerms, size: JobSize, nowMs: number): Promise<void> {
+    await reserveScript.run(this.#redis, ...this.#reserving(id, terms, size, nowMs, {}));
+  }
+
+  /** As `reserve`, if `check` holds, as the next one of commands that this connection sends together. */
+  reserveWith(
+    commands: Commands,
     id: string,
     terms: JobTerms,
     size: JobSize,
     nowMs: number,
-    { limits, version, pressedFromMs, request }: ReserveCheck = {},
-  ): Promise<Reserved> {
-    const job = queuedJobOf(id, terms, size, nowMs);
-    const minute = Math.floor(nowMs / 60_000);
-    const [kind, second, stands] = (await this.#run(
-      reserveScript,
-      [
-        JSON.stringify(recordOf(job)),
-        ...limitNames.map((name) => limits?.[name] ?? ''),
-        version ?? '',
-        pressedFromMs === undefined ? '' : Math.round(pressedFromMs),
-        ...(request === undefined ? [] : createArgs(request, terms)),
-      ],
-      [`caravan:requests:${job.tenant}:${minute}`, jobKey(id)],
-    )) as ['raced'] | ['reserved' | 'known', number] | ['full', number, string];
-    if (kind === 'full') {
-      return { kind, limit: limitNames[second - 1]!, stands: Number(stands) };
-    }
-    return kind === 'raced' ? { kind } : { kind, isWritten: second === 1 };
+    check: ReserveCheck,
+  ): void {
+    reserveScript.queue(commands, ...this.#reserving(id, terms, size, nowMs, check));
   }
 
   /** BullMQ has the job: engines can choose it. */
@@ -377,11 +330,27 @@ export class QueueOrder {
     }
   }
 
-  async #run(
-    script: Script,
-    args: readonly (string | number)[],
-    moreKeys: readonly string[] = [],
-  ): Promise<unknown> {
-    return script.run(this.#redis, [...this.#keys, ...moreKeys], args);
+  /** Keys and arguments of `reserveScript`. */
+  #reserving(
+    id: string,
+    terms: JobTerms,
+    size: JobSize,
+    nowMs: number,
+    check: ReserveCheck,
+  ): [keys: string[], args: (string | number)[]] {
+    const job = queuedJobOf(id, terms, size, nowMs);
+    const minute = Math.floor(nowMs / 60_000);
+    return [
+      [...this.#keys, `caravan:requests:${job.tenant}:${minute}`, jobKey(id)],
+      [
+        JSON.stringify(recordOf(job)),
+        ...reserveArgs(check),
+        ...(check.request === undefined ? [] : createArgs(check.request, terms)),
+      ],
+    ];
+  }
+
+  async #run(script: Script, args: readonly (string | number)[]): Promise<unknown> {
+    return script.run(this.#redis, this.#keys, args);
   }
 }

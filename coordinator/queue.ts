@@ -9,14 +9,10 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { Job, Queue, type JobType } from 'bullmq';
 import { Redis } from 'ioredis';
+import { jobKey } from './journal-keys.js';
 import { connectionOf, queueName } from './queue-connection.js';
-import {
-  QueueOrder,
-  type JobSize,
-  type ReserveCheck,
-  type Reserved,
-  type StandOfQueue,
-} from './queue-order.js';
+import { QueueOrder, type JobSize, type StandOfQueue } from './queue-order.js';
+import { reservedOf, type ReserveCheck, type Reserved } from './queue-reservation.js';
 import type { JobTerms } from './request.js';
 import { asCall, CALL_TIMEOUT_MS, unavailable } from './store-connection.js';
 
@@ -58,35 +54,39 @@ export class JobQueue {
 
   /** Adds a job that the journal knows. @throws CaravanError `redis_unavailable`. */
   async submit(id: string, terms: JobTerms, size = UNKNOWN_SIZE): Promise<void> {
-    await this.reserve(id, terms, size);
-    await this.add(id, terms);
+    await this.enqueue(id, terms, size);
   }
 
-  /** Makes room for a job, within limits, before anything else of it is written. @throws CaravanError `redis_unavailable`. */
-  async reserve(
+  /**
+   * Makes room for a job, within limits, writes it into the journal and adds it.
+   *
+   * @throws CaravanError `redis_unavailable`; a Redis that did not answer may have taken it.
+   */
+  async enqueue(
     id: string,
     terms: JobTerms,
     size: JobSize,
-    check?: ReserveCheck,
+    check: ReserveCheck = {},
   ): Promise<Reserved> {
-    return this.#call(() => this.#order.reserve(id, terms, size, Date.now(), check));
-  }
-
-  /** Adds a job for which there is room. @throws CaravanError `redis_unavailable`. */
-  async add(id: string, terms: JobTerms): Promise<void> {
-    await this.#call(async () => {
-      // Together, in this order: what the order has and BullMQ has not would be taken for lost.
+    return this.#call(async () => {
+      // One after the other, in one round trip: should there be no room, the later ones find nothing to do.
       const commands = (await this.#queue.backend.client).pipeline();
+      this.#order.reserveWith(commands, id, terms, size, Date.now(), check);
       const adding = bullJob(this.#queue, id, terms).addJob(commands);
       this.#order.enterWith(commands, id);
       await adding;
-      for (const [error] of (await commands.exec()) ?? []) if (error !== null) throw error;
+      const [reserving, added, entering] = (await commands.exec()) as [Error | null, unknown][];
+      if (reserving![0] !== null) throw reserving![0];
+      const reserved = reservedOf(reserving![1]);
+      const error = added![0] ?? entering![0];
+      if (error !== null) {
+        await this.#undo(id, reserved).catch(() => undefined);
+        throw error;
+      }
+      // A Redis that had forgotten the first script was told it anew, and did it last.
+      if (reserved.kind === 'reserved' && entering![1] === 0) await this.#order.enter(id);
+      return reserved;
     });
-  }
-
-  /** Gives up the room of a job that was not added. */
-  async forget(id: string): Promise<void> {
-    await this.#call(() => this.#order.forget(id));
   }
 
   /** What stands in it, for an estimate. */
@@ -156,6 +156,11 @@ export class JobQueue {
   async close(): Promise<void> {
     await Promise.race([this.#queue.close().catch(() => undefined), delay(1000)]);
     this.#redis.disconnect();
+  }
+
+  async #undo(id: string, reserved: Reserved): Promise<void> {
+    if (reserved.kind === 'reserved') await this.#order.forget(id);
+    if ('isWritten' in reserved && reserved.isWritten) await this.#redis.del(jobKey(id));
   }
 
   async #call<T>(call: () => Promise<T>): Promise<T> {

@@ -322,7 +322,6 @@ void test('while promises need all the time, the promised job that must start ne
   await queue.submit('later', { ...terms, latestStartMs: startMs + 1000 }, size);
   assert.equal((await startTaker().choose())?.job.id, 'urgent');
   const next = { priority: 100, deadlineMs: startMs + 5000, latestStartMs: startMs };
-  await queue.reserve('next', next, size, { pressedFromMs: Date.now() - 1 });
-  await queue.add('next', next);
+  await queue.enqueue('next', next, size, { pressedFromMs: Date.now() - 1 });
   assert.deepEqual(await takeAll(startTaker(), 3), ['next', 'later', 'urgent']);
 });
