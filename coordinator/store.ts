@@ -4,6 +4,7 @@
  *
  *   caravan:cards                     hash: name → card
  *   caravan:engine:{MODEL}:ENGINE     a key that an engine renews; gone soon after the engine is
+ *   caravan:engines                   sorted set: those keys → until when they hold, by Redis's clock
  *   caravan:loading:{MODEL}           sorted set: engines that read their weights → until when that holds, by Redis's clock
  *   caravan:speeds:{MODEL}            hash: sequences of a step → tokens a second, as told last; stays as cards do
  *   caravan:paces                     hash: name → what a step of the engine costs that beat last
@@ -17,6 +18,7 @@ import { Script } from './store-script.js';
 
 const CARDS = 'caravan:cards';
 const PACES = 'caravan:paces';
+const ENGINES = 'caravan:engines';
 /** An engine that has not beaten for this long is gone. */
 const HEARTBEAT_TTL_MS = 6_000;
 export const HEARTBEAT_EVERY_MS = 2_000;
@@ -59,6 +61,8 @@ export interface RedisHealth {
 export class Store {
   readonly #connection: StoreConnection;
   readonly #redis: Redis;
+  /** Keys of engines that came before there was a set of them, and that still renew theirs; null before the first look. */
+  #unlisted: string[] | null = null;
 
   constructor(connection: StoreConnection) {
     this.#connection = connection;
@@ -97,7 +101,8 @@ export class Store {
 
   async beat(beat: EngineBeat): Promise<void> {
     const key = engineKey(beat.model, beat.engineId);
-    await this.#call(() => this.#redis.set(key, JSON.stringify(beat), 'PX', HEARTBEAT_TTL_MS));
+    const args = [JSON.stringify(beat), HEARTBEAT_TTL_MS];
+    await this.#call(() => beatScript.run(this.#redis, [key, ENGINES], args));
     const { pace, speeds = [] } = beat;
     if (pace !== undefined) {
       await this.#call(() => this.#redis.hset(PACES, beat.model, JSON.stringify(pace)));
@@ -124,7 +129,8 @@ export class Store {
 
   /** An engine that ends says so. */
   async retire(model: string, engineId: string): Promise<void> {
-    await this.#call(() => this.#redis.del(engineKey(model, engineId)));
+    const key = engineKey(model, engineId);
+    await this.#call(() => this.#redis.multi().del(key).zrem(ENGINES, key).exec());
   }
 
   /** A group of ranks reads its weights, and will serve. */
@@ -145,16 +151,23 @@ export class Store {
 
   /** Engines that are alive. */
   async engines(): Promise<EngineBeat[]> {
-    const beats: EngineBeat[] = [];
+    const unlisted = this.#unlisted ?? (await this.#scanEngines());
+    const [keys, texts] = (await this.#call(() =>
+      livingScript.run(this.#redis, [ENGINES], unlisted),
+    )) as [string[], (string | null)[]];
+    this.#unlisted = unlisted.filter((key) => (texts[keys.indexOf(key)] ?? null) !== null);
+    return texts.flatMap((text) => (text === null ? [] : [JSON.parse(text) as EngineBeat]));
+  }
+
+  /** Goes through all keys of Redis, for engines of a release that keeps no set of them. */
+  async #scanEngines(): Promise<string[]> {
+    const found: string[] = [];
     for (let cursor = '0'; ;) {
       const [next, keys] = await this.#call(() =>
-        this.#redis.scan(cursor, 'MATCH', 'caravan:engine:*', 'COUNT', 500),
+        this.#redis.scan(cursor, 'MATCH', 'caravan:engine:*', 'COUNT', 1000),
       );
-      if (keys.length > 0) {
-        const texts = await this.#call(() => this.#redis.mget(keys));
-        for (const text of texts) if (text !== null) beats.push(JSON.parse(text) as EngineBeat);
-      }
-      if (next === '0') return beats;
+      found.push(...keys);
+      if (next === '0') return found;
       cursor = next;
     }
   }
@@ -191,6 +204,23 @@ export class Store {
     return this.#connection.call(call);
   }
 }
+
+/** KEYS of the engine, set of engines; ARGV beat, how long it holds in milliseconds. */
+const beatScript = new Script(`
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local time = redis.call('TIME')
+local nowMs = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', nowMs)
+redis.call('ZADD', KEYS[2], nowMs + ARGV[2], KEYS[1])`);
+
+/** KEYS set of engines; ARGV keys of engines that may not be in it. @returns {keys, their beats or nothing}. */
+const livingScript = new Script(`
+local keys = redis.call('ZRANGE', KEYS[1], 0, -1)
+for _, key in ipairs(ARGV) do
+  if not redis.call('ZSCORE', KEYS[1], key) then table.insert(keys, key) end
+end
+if #keys == 0 then return {{}, {}} end
+return {keys, redis.call('MGET', unpack(keys))}`);
 
 /** Forgets what is over, adds an engine unless its id is empty, and says who is left. */
 const loadingScript = new Script(`
