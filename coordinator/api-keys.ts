@@ -8,7 +8,7 @@
  * A key may stand there as it is, or as its SHA-256. The file is read again when it changes; one that is gone, wrong or
  * empty then leaves the keys in force that were.
  */
-import { readFileSync, unwatchFile, watchFile } from 'node:fs';
+import { readFileSync, statSync } from 'node:fs';
 import { CaravanError, toCaravanError } from '../proto/errors.js';
 import { KeyRing, keyDigest } from './key-ring.js';
 import { tenantName } from './tenant.js';
@@ -28,16 +28,20 @@ export interface ApiKeysLog {
 export class ApiKeys {
   readonly #path: string;
   #ring: KeyRing<string>;
-  #onLook: (() => void) | null = null;
+  /** What the file was when it was read last: a change between that and the first look counts, too. */
+  #seen: string;
+  #timer: NodeJS.Timeout | undefined;
 
-  private constructor(path: string, ring: KeyRing<string>) {
+  private constructor(path: string, ring: KeyRing<string>, seen: string) {
     this.#path = path;
     this.#ring = ring;
+    this.#seen = seen;
   }
 
   /** @throws CaravanError `bad_usage` naming the file, the line and its rule, and never the key. */
   static read(path: string): ApiKeys {
-    return new ApiKeys(path, readRing(path));
+    const seen = stateOf(path);
+    return new ApiKeys(path, readRing(path), seen);
   }
 
   /** How many keys there are. */
@@ -56,7 +60,10 @@ export class ApiKeys {
    * @param onRead is told after each reading, whatever came of it.
    */
   watch(log: ApiKeysLog, onRead: () => void = () => undefined, everyMs = LOOK_EVERY_MS): void {
-    this.#onLook = () => {
+    const look = (): void => {
+      const state = stateOf(this.#path);
+      if (state === this.#seen) return;
+      this.#seen = state;
       try {
         this.#ring = readRing(this.#path);
         log.info({ keys: this.#ring.size }, 'API keys read again');
@@ -65,12 +72,22 @@ export class ApiKeys {
       }
       onRead();
     };
-    watchFile(this.#path, { interval: everyMs, persistent: false }, this.#onLook);
+    this.#timer = setInterval(look, everyMs).unref();
   }
 
   close(): void {
-    if (this.#onLook !== null) unwatchFile(this.#path, this.#onLook);
-    this.#onLook = null;
+    clearInterval(this.#timer);
+  }
+}
+
+/** Tells one state of a file, and of what links lead to, from another. */
+function stateOf(path: string): string {
+  try {
+    const { dev, ino, mtimeNs, size } = statSync(path, { bigint: true });
+    return `${dev} ${ino} ${mtimeNs} ${size}`;
+  } catch {
+    // Whoever reads it says why.
+    return 'none';
   }
 }
 
