@@ -36,16 +36,20 @@ after(() => {
   stranger.close();
 });
 
+let submitted = 0;
+
+/** No two begin alike: nothing is to be taken over from a job before. */
 async function submit(
   queue: JobQueue,
   promptTokens: number,
   more: Partial<Request> = {},
 ): Promise<string> {
   const id = newJobId();
+  const first = 300 + submitted++;
   const request: Request = {
     version: 1,
     model: MODEL,
-    promptTokenIds: Array.from({ length: promptTokens }, (_, i) => 300 + (i % 50)),
+    promptTokenIds: Array.from({ length: promptTokens }, (_, i) => first + (i % 50)),
     sampling: { temperature: 0, topP: 1, topK: 0, seed: 0 },
     maxTokens: 500,
     stop: [],
@@ -91,48 +95,55 @@ void test('a cancellation takes effect within two steps, wherever the job stands
     const [ended, over] = [new AbortController(), new AbortController()];
     const runner = new JobRunner(engine, journal, taker, 'e', quiet);
 
-    // Nobody has it: it ends at once, and never runs.
-    const queued = await submit(queue, 4);
-    assert.equal(await stranger.requestCancel(queued), 'cancelled');
-    assert.equal((await journal.job(queued))?.status, 'cancelled');
+    let running: Promise<void> | null = null;
+    let serving: Promise<void> | null = null;
+    try {
+      // Nobody has it: it ends at once, and never runs.
+      const queued = await submit(queue, 4);
+      assert.equal(await stranger.requestCancel(queued), 'cancelled');
+      assert.equal((await journal.job(queued))?.status, 'cancelled');
 
-    const running = engine.run(ended.signal);
-    const serving = runner.run(over.signal, over.signal);
-    const states: Readonly<Record<string, readonly [number, number, Partial<Request>]>> = {
-      // The prompt takes 60 steps and more.
-      'in its prompt': [490, 3, { maxTokens: 10 }],
-      'in its answer': [4, 20, {}],
-      'in several answers, some of which wait for a slot': [4, 20, { n: 7 }],
-    };
-    for (const [name, [promptTokens, begun, more]] of Object.entries(states)) {
-      for (let round = 0; round < ROUNDS; round += 1) {
-        const hasBegun = afterSteps(begun + round);
-        const id = await submit(queue, promptTokens, more);
-        await hasBegun;
-        assert.equal(await stranger.requestCancel(id), 'requested');
-        const before = steps;
-        assert.equal(await endingOf(id), 'cancelled');
-        while (engine.sequenceCount > 0) await turn();
-        const late = steps - before;
-        context.diagnostic(`${name}: ${late} steps`);
-        assert.ok(late <= MOST_STEPS, `${name}: ${late} steps after the cancellation`);
-        const tokens = (await journal.entries(id, 0, 0)).filter((each) => each.kind === 'tokens');
-        assert.equal(tokens.length === 0, name === 'in its prompt');
+      running = engine.run(ended.signal);
+      serving = runner.run(over.signal, over.signal);
+      const states: Readonly<Record<string, readonly [number, number, Partial<Request>]>> = {
+        // The prompt takes 60 steps and more.
+        'in its prompt': [490, 3, { maxTokens: 10 }],
+        'in its answer': [4, 20, {}],
+        'in several answers, some of which wait for a slot': [4, 20, { n: 7 }],
+      };
+      for (const [name, [promptTokens, begun, more]] of Object.entries(states)) {
+        for (let round = 0; round < ROUNDS; round += 1) {
+          const hasBegun = afterSteps(begun + round);
+          const id = await submit(queue, promptTokens, more);
+          await hasBegun;
+          assert.equal(await stranger.requestCancel(id), 'requested');
+          const before = steps;
+          assert.equal(await endingOf(id), 'cancelled');
+          while (engine.sequenceCount > 0) await turn();
+          const late = steps - before;
+          context.diagnostic(`${name}: ${late} steps`);
+          assert.ok(late <= MOST_STEPS, `${name}: ${late} steps after the cancellation`);
+          const tokens = (await journal.entries(id, 0, 0)).filter((each) => each.kind === 'tokens');
+          assert.equal(tokens.length === 0, name === 'in its prompt');
+        }
       }
+      // Between two takes it ends at once, with the tokens that it has.
+      const given = await submit(queue, 4);
+      await afterSteps(20);
+      over.abort();
+      await serving;
+      const job = await journal.job(given);
+      assert.equal(job?.status, 'waiting');
+      assert.equal(await stranger.requestCancel(given), 'cancelled');
+      assert.equal(await endingOf(given), 'cancelled');
+      assert.ok((await journal.entries(given, 0, 0)).length > 1);
+    } finally {
+      over.abort();
+      await serving;
+      ended.abort();
+      await running;
+      await taker.close();
+      await queue.close();
     }
-    // Between two takes it ends at once, with the tokens that it has.
-    const given = await submit(queue, 4);
-    await afterSteps(20);
-    over.abort();
-    await serving;
-    const job = await journal.job(given);
-    assert.equal(job?.status, 'waiting');
-    assert.equal(await stranger.requestCancel(given), 'cancelled');
-    assert.equal(await endingOf(given), 'cancelled');
-    assert.ok((await journal.entries(given, 0, 0)).length > 1);
-    ended.abort();
-    await running;
-    await taker.close();
-    await queue.close();
   });
 });
