@@ -51,6 +51,8 @@ export interface GatewayOptions {
   readonly batchLimits: BatchLimits;
   /** What Bull Board, under /queues, lets people do; `read` if left out. */
   readonly queueBoard?: BoardMode | undefined;
+  /** Tenants who may look at it where tenants are kept apart: none if left out. */
+  readonly operators?: readonly string[] | undefined;
   /** Signs webhooks; left out, there are none. */
   readonly webhookSecret?: string | undefined;
   /** Hosts, addresses and ranges that webhooks may call beside the public internet. */
@@ -116,7 +118,8 @@ export async function runGateway(
   const board =
     boardMode === 'off' ? undefined : new QueueBoard(redisUrl, BOARD_PATH, boardMode, onRedisError);
   const { maxBodyBytes, certificate } = options;
-  const served = { ...routes, ...kept, webhooks, board };
+  const operators = new Set(options.operators);
+  const served = { ...routes, ...kept, webhooks, board, operators };
   const app = createHttpServer(served, maxBodyBytes, log, certificate);
   const over = AbortSignal.any([draining, stopping]);
   let runningBatches: Promise<void> | null = null;

@@ -212,6 +212,13 @@ export const settingTable = {
     rule: 'one of read, manage, off',
     schema: z.enum(['read', 'manage', 'off']),
   }),
+  operators: optional({
+    argument: '<tenants>',
+    description:
+      'tenants whose keys open Bull Board, where the jobs of all tenants stand, by comma',
+    rule: 'names of tenants, separated by commas',
+    schema: z.string().regex(/^[\w.-]{1,64}(,[\w.-]{1,64})*$/),
+  }),
   webhookSecret: optional({
     argument: '<secret>',
     description: 'signs webhooks, whsec_… or any text; without it there are none',

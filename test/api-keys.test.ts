@@ -32,7 +32,7 @@ const quotas = fileOf(
   JSON.stringify({ tenants: { acme: { weight: 3 }, small: { maxJobs: 1 } }, default: {} }),
 );
 const intake = { tenants: Tenants.read(quotas, ApiKeys.read(file)), rules: openRules };
-const gateway = await startGateway(undefined, { intake });
+const gateway = await startGateway(undefined, { intake, operators: ['acme'] });
 const engine = await startEngine(gateway.redis.url, { tp: 1, maxBatchSize: 2 });
 const rpc = new JobsClient(`127.0.0.1:${gateway.grpcPort}`, credentials.createInsecure());
 after(async () => {
@@ -109,7 +109,7 @@ void test('every route of the API needs a key, however its path is written; heal
   }
 });
 
-void test('Bull Board takes a key as the password of a browser', async () => {
+void test('Bull Board takes the key of an operator as the password of a browser', async () => {
   const look = (authorization?: string): Promise<Response> =>
     fetch(`${gateway.url}/queues/api/queues`, authorization ? { headers: { authorization } } : {});
   const nobody = await look();
@@ -119,6 +119,10 @@ void test('Bull Board takes a key as the password of a browser', async () => {
   assert.equal((await look(basic('sk-unknown-0123456789'))).status, 401);
   assert.equal((await look(basic(keys.acme))).status, 200);
   assert.equal((await look(`Bearer ${keys.acme}`)).status, 200);
+  // It shows what others have.
+  const stranger = await look(basic(keys.other));
+  assert.equal(stranger.status, 401);
+  assert.match(await stranger.text(), /--operators/);
 });
 
 void test('jobs, responses, files and batches of another tenant are not known', async () => {

@@ -51,6 +51,7 @@ const settingNames = [
   'webhookAllow',
   ...intakeSettingNames,
   'apiKeys',
+  'operators',
   'apiKey',
   'maxBodyBytes',
   'aging',
@@ -65,6 +66,7 @@ const gatewaySettingNames = [
   'tlsKey',
   'tlsCa',
   'apiKeys',
+  'operators',
   'maxBodyBytes',
 ] as const;
 
