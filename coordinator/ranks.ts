@@ -24,6 +24,8 @@ import {
 import { keepaliveOptions } from '../proto/keepalive.js';
 import { PROTOCOL } from '../proto/protocol.js';
 import type { GroupSpec } from './group-spec.js';
+import { notesOf } from './rank-notes.js';
+import { watched } from './watched-answer.js';
 
 export interface ConnectOptions {
   /** Most time until every rank has taken the call, in milliseconds. */
@@ -142,13 +144,9 @@ export class Ranks {
     return [...new Set(this.loaded.map(({ transport }) => transport))].join(', ');
   }
 
-  /** What could be quicker, and why it is not: a line for each reason. */
+  /** What could be quicker, and why it is not. */
   get notes(): string[] {
-    const lines = this.loaded.flatMap(({ directFault, captureFault }) => [
-      directFault === '' ? [] : [`partials do not stay on the devices: ${directFault}`],
-      captureFault === '' ? [] : [`no CUDA graphs: ${captureFault}`],
-    ]);
-    return [...new Set(lines.flat())];
+    return notesOf(this.loaded);
   }
 
   /** Resolves, with the reason, when any rank is lost. */
@@ -163,7 +161,8 @@ export class Ranks {
    */
   async forward(step: Step): Promise<StepResult[]> {
     const kind = { $case: 'step', step } as const;
-    const answers = await this.#askAll(() => kind);
+    const asking = this.#askAll(() => kind);
+    const answers = await watched(asking, this.loaded);
     return answers.map((answer) => {
       if (answer.$case !== 'stepResult' || answer.stepResult.number !== step.number) {
         throw new CaravanError(

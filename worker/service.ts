@@ -9,7 +9,7 @@
 import { setMaxListeners } from 'node:events';
 import { Server, type ServerDuplexStream } from '@grpc/grpc-js';
 import { openCheckpoint } from '../model/checkpoint.js';
-import { deviceCodes } from '../model/device-name.js';
+import { deviceCodes, type DeviceKind } from '../model/device-name.js';
 import { planRanks } from '../model/plan.js';
 import {
   modesOfDevice,
@@ -35,6 +35,12 @@ import { Lobby, type PeerCall } from './lobby.js';
 import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
 import { partialsMethod } from './partial-codec.js';
 import { peerChannelOptions } from './peers.js';
+
+/**
+ * A GPU's rank watches for its next step: waking up takes longer than a kernel, and the GPU has nothing to do meanwhile. A CPU's
+ * rank leaves its core to those that compute.
+ */
+const watchMsOf = (kind: DeviceKind): number => (kind === 'cpu' ? 0 : 2);
 
 type DriveCall = ServerDuplexStream<Command, Report>;
 
@@ -112,7 +118,7 @@ export class RankServer {
   }
 
   async #drive(call: DriveCall): Promise<void> {
-    const commands = new CommandQueue(call);
+    const commands = new CommandQueue(call, watchMsOf(this.#device.kind));
     // The stream may break at any moment; the queue ends then, and there is nothing else to do.
     call.on('error', () => undefined);
     try {
@@ -289,9 +295,12 @@ async function answer(
 class CommandQueue {
   readonly #waiting: NonNullable<Command['kind']>[] = [];
   readonly #ended = new AbortController();
+  readonly #watchMs: number;
   #wake: (() => void) | null = null;
 
-  constructor(call: DriveCall) {
+  /** @param watchMs how long the next command is watched for before the process sleeps until it comes. */
+  constructor(call: DriveCall, watchMs: number) {
+    this.#watchMs = watchMs;
     // Every peer of a large group listens to it.
     setMaxListeners(0, this.#ended.signal);
     call.on('data', ({ kind }: Command) => {
@@ -319,9 +328,14 @@ class CommandQueue {
 
   /** The next command, or null when there will be none. */
   async next(): Promise<NonNullable<Command['kind']> | null> {
+    const watchedUntilMs = performance.now() + this.#watchMs;
     while (this.#waiting.length === 0) {
       if (this.#ended.signal.aborted) return null;
-      await new Promise<void>((resolve) => (this.#wake = resolve));
+      await new Promise<void>((resolve) => {
+        this.#wake = resolve;
+        // Not asleep, but for another turn of the event loop.
+        if (performance.now() < watchedUntilMs) setImmediate(resolve);
+      });
       this.#wake = null;
     }
     return this.#ended.signal.aborted ? null : this.#waiting.shift()!;

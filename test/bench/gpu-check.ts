@@ -3,9 +3,14 @@ import { execFile } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { promisify } from 'node:util';
+import { planGroup } from '../../coordinator/group-spec.js';
+import { startLocalRank, stopLocalRank } from '../../coordinator/local-ranks.js';
 import { cliEntry } from '../../coordinator/package-root.js';
-import { embeddedModelPath } from '../../model/checkpoint.js';
+import { Ranks } from '../../coordinator/ranks.js';
+import { embeddedModelPath, openCheckpoint } from '../../model/checkpoint.js';
+import { deviceOfRank } from '../../model/device-name.js';
 import type { WeightsMode } from '../../model/weights.js';
+import { SampledRows, type Step } from '../../proto/gen/cluster.js';
 import { readTinyGolden, sharedGolden } from '../golden.js';
 
 export interface GpuChecks {
@@ -35,6 +40,66 @@ interface Check {
   readonly name: string;
   readonly ok: boolean;
   readonly detail: string;
+}
+
+const noStep: Omit<Step, 'number'> = {
+  ...{ joins: [], decodeSlots: [], decodeTokens: [], chunks: [] },
+  topK: 1,
+};
+
+/**
+ * Two ranks decode until one is killed in the middle; the group ends, and the one that is left does the same with another.
+ *
+ * @returns both texts, in tokens; they must be alike.
+ */
+async function surviveDeath(device: string): Promise<{ ids: number[][]; ways: string[] }> {
+  const start = (rank: number) =>
+    startLocalRank({ threads: 1, device: deviceOfRank(device, rank), logLevel: 'silent' });
+  const ranks = await Promise.all([start(0), start(1)]);
+  const limits = { maxSeqLen: 256, maxBatchSize: 1, maxStepRows: 32 };
+  const terms = { weights: 'fp16', exact: false, device } as const;
+  const { spec } = planGroup(openCheckpoint(embeddedModelPath()), 2, { ...limits, ...terms });
+  const ids: number[][] = [];
+  const ways: string[] = [];
+  try {
+    for (const isKilled of [true, false]) {
+      const group = await Ranks.connect(
+        ranks.map(({ address }) => address),
+        spec,
+      );
+      ways.push(group.transport);
+      const own: number[] = [];
+      ids.push(own);
+      const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
+      let next: Partial<Step> = {
+        joins: [{ slot: 0, temperature: 0 }],
+        chunks: [{ slot: 0, tokens: [1, 5, 6], targets: [], sampledRows }],
+      };
+      for (let number = 1; number <= 60; number += 1) {
+        const step = group.forward({ ...noStep, ...next, number });
+        if (isKilled && number === 41) {
+          ranks[1].process.kill('SIGKILL');
+          await step.catch(() => undefined);
+          // It has either failed, or was over before.
+          const fault = await group.forward({ ...noStep, ...next, number: 42 }).then(
+            () => 'no failure at all',
+            (error: unknown) => (error instanceof Error ? error.message : ''),
+          );
+          if (!/^rank [01] /.test(fault)) throw new Error(`a dead peer: ${fault}`);
+          break;
+        }
+        const results = await step;
+        const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
+        own.push(best.topIds[0]!);
+        next = { decodeSlots: [0], decodeTokens: [best.topIds[0]!] };
+      }
+      group.close();
+      if (isKilled) ranks[1] = await start(1);
+    }
+  } finally {
+    await Promise.all(ranks.map(stopLocalRank));
+  }
+  return { ids, ways };
 }
 
 export async function checkAll({
@@ -127,6 +192,20 @@ export async function checkAll({
             found['text'] === plain['text'],
             `${String(found['text']).length} characters ${how}`,
           ];
+        },
+      );
+    }
+  }
+  if (tps.some((tp) => tp > 1)) {
+    for (const where of device === 'cuda' ? ['cuda', 'cuda:0'] : [device]) {
+      // The latter: two ranks on one GPU.
+      await check(
+        `a killed peer ends the group, and the next one has the same text, ${where}`,
+        async () => {
+          const { ids, ways } = await surviveDeath(where);
+          const [before, after] = ids as [number[], number[]];
+          const isSame = before.length === 40 && before.every((id, i) => id === after[i]);
+          return [isSame && after.length === 60, `${after.length} tokens, ${ways.join(', ')}`];
         },
       );
     }
