@@ -187,3 +187,68 @@ void test("a peer that is killed ends the group; its memory is let go, and the n
     if (file.startsWith(`direct-${victim.child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
   }
 });
+
+/** Partials that each rank's stream has shown by itself. */
+const shownBy = (processes: readonly RankProcess[]): Promise<number[]> =>
+  Promise.all(
+    processes.map(async ({ child }) => {
+      child.send('shown');
+      const [{ shown }] = (await once(child, 'message')) as [{ shown: number }];
+      return shown;
+    }),
+  );
+
+/** A prompt and some greedy tokens after it, and all logits of the last one. */
+async function generate(ranks: Ranks, count: number) {
+  const ids: number[] = [];
+  let results = await ranks.forward({ ...noStep, ...prompt([1, 5, 6, 7]), number: 1 });
+  for (let number = 2; number <= count + 1; number += 1) {
+    const best = results.reduce((a, b) => (b.topLogits[0]! > a.topLogits[0]! ? b : a));
+    ids.push(best.topIds[0]!);
+    const decode = { decodeSlots: [0], decodeTokens: [ids.at(-1)!] };
+    results = await ranks.forward({ ...noStep, ...decode, number });
+  }
+  return { ids, logits: await ranks.fetchRow(count + 1, 0) };
+}
+
+void test('streams exchange by themselves once a step is captured, beside ranks whose streams cannot', async () => {
+  const processes = await Promise.all([start('cuda'), start('cuda'), start('cuda', 'no-signals')]);
+  const weights = 'fp16';
+  for (const tp of [2, 3]) {
+    const group = processes.slice(0, tp);
+    const before = await shownBy(group);
+    const streamed = await withGroup(group, 'cuda', { weights, transport: 'direct' }, (ranks) =>
+      generate(ranks, 24),
+    );
+    const shown = (await shownBy(group)).map((count, rank) => count - before[rank]!);
+    // Three steps are made and captured; then the embedding's and two of each layer, step by step.
+    const exchanges = 2 * checkpoint.config.layerCount + 1;
+    assert.deepEqual(shown, [21 * exchanges, 21 * exchanges, 0].slice(0, tp));
+    const byHost = await withGroup(group, 'cuda', { weights, transport: 'shm' }, (ranks) =>
+      generate(ranks, 24),
+    );
+    assert.deepEqual(streamed, byHost);
+  }
+});
+
+void test('a stream that waits for a killed peer is let go, and the rank serves the next group', async () => {
+  const processes = await Promise.all([start('cuda', 'stalls'), start('cuda')]);
+  const [survivor, victim] = processes;
+  const own = { weights: 'fp16', transport: 'direct' } as const;
+  await withGroup(processes, 'cuda', own, async (ranks) => {
+    await generate(ranks, 6);
+    assert.ok((await shownBy([survivor]))[0]! > 0);
+    victim.child.kill('SIGSTOP');
+    const step = ranks.forward({ ...noStep, decodeSlots: [0], decodeTokens: [9], number: 8 });
+    const gone = once(victim.child, 'exit');
+    victim.child.kill('SIGKILL');
+    await assert.rejects(step, (e) => e instanceof CaravanError && e.code === 'rank_failed');
+    await gone;
+  });
+  const next = [survivor, await start('cuda')];
+  const { ids } = await withGroup(next, 'cuda', own, (ranks) => generate(ranks, 3));
+  assert.equal(ids.length, 3);
+  for (const file of fs.readdirSync('/dev/shm')) {
+    if (file.startsWith(`direct-${victim.child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
+  }
+});

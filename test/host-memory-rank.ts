@@ -2,19 +2,28 @@
  * A rank that computes the graphs of a GPU in host memory, through the same bindings, and reads its peers' partials where
  * they lie: in memory that this host's processes share, as GPUs' do through CUDA's handles.
  *
- *   fork(host-memory-rank.js, [KIND, FAULT]) sends { address } when it listens
+ *   fork(host-memory-rank.js, [KIND, FAULT]) sends { address } when it listens, and { shown } at every message: how many
+ *   partials its stream has shown
  *
- * FAULT: `none`; `shares-none`, `opens-none`; `reads-zeros`, for memory that can be opened and is not read right.
+ * FAULT: `none`; `shares-none`, `opens-none`; `reads-zeros`, for memory that can be opened and is not read right;
+ * `no-signals`, for streams that cannot wait for numbers; `stalls`, for one that soon lets the host go on while it waits.
  */
 import fs from 'node:fs';
 import koffi from 'koffi';
 import type { DeviceKind } from '../model/device-name.js';
 import { BoundDevice } from '../worker/bound-device.js';
-import type { DirectBlock, DirectMemory } from '../worker/direct-memory.js';
+import type { Capturer } from '../worker/device-launch.js';
+import type {
+  DirectBlock,
+  DirectMemory,
+  MappedMemory,
+  StreamSignals,
+} from '../worker/direct-memory.js';
 import { Ort } from '../worker/ort.js';
 import { RankServer } from '../worker/service.js';
 
-export type DirectFault = 'none' | 'shares-none' | 'opens-none' | 'reads-zeros';
+export type DirectFault =
+  'none' | 'shares-none' | 'opens-none' | 'reads-zeros' | 'no-signals' | 'stalls';
 
 const libc = koffi.load('libc.so.6');
 const mmap = libc.func('void* mmap(void*, size_t, int, int, int, long)') as (
@@ -70,14 +79,63 @@ class HostDirectMemory implements DirectMemory {
   }
 }
 
+/**
+ * A stream that does at once what it is told. A wait keeps the host, too, but for so long: then it is as with a GPU's stream,
+ * which is not idle.
+ */
+class HostSignals implements StreamSignals {
+  shown = 0;
+  readonly #waits: (() => boolean)[] = [];
+  readonly #patienceMs: number;
+
+  constructor(patienceMs: number) {
+    this.#patienceMs = patienceMs;
+  }
+
+  map(address: bigint): MappedMemory {
+    return { address, release: () => undefined };
+  }
+
+  show(address: bigint, value: number): void {
+    this.shown += 1;
+    Atomics.store(new Int32Array(koffi.view(address, 4)), 0, value);
+  }
+
+  await(address: bigint, value: number): void {
+    const number = new Int32Array(koffi.view(address, 4));
+    const isThere = (): boolean => ((Atomics.load(number, 0) - value) | 0) >= 0;
+    const lastMs = performance.now() + this.#patienceMs;
+    while (!isThere() && performance.now() < lastMs);
+    this.#waits.push(isThere);
+  }
+
+  isIdle(): boolean {
+    while (this.#waits[0]?.() === true) this.#waits.shift();
+    return this.#waits.length === 0;
+  }
+}
+
+/** What was issued is issued again: the same numbers in the same places. */
+const capturer: Capturer = {
+  capture: (issue) => {
+    issue();
+    return { launch: issue, release: () => undefined };
+  },
+};
+
 const [kind, fault] = process.argv.slice(2) as [DeviceKind, DirectFault];
+const signals = new HostSignals(fault === 'stalls' ? 1_000 : 30_000);
 const silent = { info: () => undefined, warn: () => undefined };
 const device = new BoundDevice(
   new Ort(1),
   { kind: 'cpu' },
-  { kind, attentionRows: 64, directMemory: new HostDirectMemory(fault) },
+  {
+    ...{ kind, attentionRows: 64, directMemory: new HostDirectMemory(fault), capturer },
+    signals: fault === 'no-signals' ? null : signals,
+  },
 );
 const server = new RankServer(device, silent);
 const port = await server.listen('127.0.0.1:0');
+process.on('message', () => process.send?.({ shown: signals.shown }));
 process.on('disconnect', () => process.exit(0));
 process.send?.({ address: `127.0.0.1:${port}` });

@@ -15,9 +15,10 @@ import type { RankPartial } from '../proto/gen/cluster.js';
 import type { Pacer } from './pacer.js';
 import { encodePartial } from './partial-codec.js';
 import type { PeerLink, Peers } from './peers.js';
-import type { DirectPartials } from './direct-memory.js';
+import type { DirectPartials, StreamSignals } from './direct-memory.js';
 import { allocate } from './memory.js';
 import { mayRanksSpin } from './shared-memory.js';
+import { StreamExchange } from './stream-exchange.js';
 
 export type Turn = 0 | 1;
 
@@ -33,6 +34,13 @@ export interface AllReduce {
    * @throws CaravanError `rank_failed` when a peer is gone or does not answer in time.
    */
   exchange(turn: Turn, count: number): Promise<void> | null;
+  /**
+   * Exchanges by a device's stream from now on, if partials are `direct`: `enqueue` in place of `exchange`, and `settle`
+   * at the end of a step.
+   *
+   * @returns null where that cannot be.
+   */
+  attach(signals: StreamSignals): StreamExchange | null;
   /** Ends every wait with this error. */
   abort(error: CaravanError): void;
   close(): void;
@@ -58,6 +66,10 @@ export class SoloAllReduce implements AllReduce {
   async #yield(): Promise<void> {
     await this.#pacer.yield();
     if (this.#error !== null) throw this.#error;
+  }
+
+  attach(): null {
+    return null;
   }
 
   abort(error: CaravanError): void {
@@ -181,6 +193,16 @@ export class GroupAllReduce implements AllReduce {
     }
     if (this.#pacer.isDue) await this.#pacer.yield();
     if (this.#error !== null) throw this.#error;
+  }
+
+  attach(signals: StreamSignals): StreamExchange | null {
+    const { segment } = this.#peers;
+    if (this.direct === null || segment === null) return null;
+    const peers = this.#memoryPeers.map(({ rank, link }) => ({ rank, segment: link.segment! }));
+    return new StreamExchange(signals, segment, peers, this.#pacer, this.#timeoutMs, {
+      next: () => (this.#sequence += 1),
+      error: () => this.#error,
+    });
   }
 
   abort(error: CaravanError): void {

@@ -7,7 +7,7 @@ import { CaravanError } from '../proto/errors.js';
 import type { LoadProgress } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
 import { Capturing, type Capturer } from './device-launch.js';
-import type { DirectMemory } from './direct-memory.js';
+import type { DirectMemory, StreamSignals } from './direct-memory.js';
 import { mostAttentionRows } from './attention-probe.js';
 import type {
   Device,
@@ -25,6 +25,7 @@ import { elementType, type Ort } from './ort.js';
 import { CudaRuntime } from './ort-cuda.js';
 import { OrtDevice } from './ort-device.js';
 import { providerOf } from './ort-provider.js';
+import type { StreamExchange } from './stream-exchange.js';
 import type { WeightsOrigin } from './weight-cache.js';
 import { WeightLoader } from './weight-loader.js';
 
@@ -38,6 +39,7 @@ export class BoundDevice implements Device {
   readonly #device: OrtDevice;
   readonly #cuda: CudaRuntime | null;
   readonly #directMemory: DirectMemory | null;
+  readonly #signals: StreamSignals | null;
   readonly #memoryLimit: number | null;
   readonly #attentionRows: number | null;
 
@@ -45,7 +47,7 @@ export class BoundDevice implements Device {
    * @param kind whose graphs are computed: that of the device, but for tests, which compute a GPU's in host memory.
    * @param memoryLimit bytes that may be taken of the device's memory; null for all.
    * @param attentionRows most rows of a slot that a run of attention takes; found out if it is null.
-   * @param directMemory, capturer in place of CUDA's, for tests.
+   * @param directMemory, capturer, signals in place of CUDA's, for tests.
    * @param captures whether steps that come again are given to the device as one.
    * @throws CaravanError `bad_usage` when the device is not there, saying how to mend it.
    */
@@ -58,6 +60,7 @@ export class BoundDevice implements Device {
       attentionRows = null,
       directMemory = null,
       capturer = null,
+      signals = null,
       captures = true,
     }: {
       kind?: DeviceKind;
@@ -65,6 +68,7 @@ export class BoundDevice implements Device {
       attentionRows?: number | null;
       directMemory?: DirectMemory | null;
       capturer?: Capturer | null;
+      signals?: StreamSignals | null;
       captures?: boolean;
     } = {},
   ) {
@@ -76,6 +80,7 @@ export class BoundDevice implements Device {
     this.#cuda = name.kind === 'cuda' ? CudaRuntime.open(name.index) : null;
     const provider = providerOf(name, { memoryLimit, stream: this.#cuda?.stream ?? null });
     this.#directMemory = directMemory ?? this.#cuda;
+    this.#signals = signals ?? this.#cuda?.signals ?? null;
     const capturing = captures
       ? new Capturing(capturer ?? this.#cuda, `${this.name} has no graphs`)
       : new Capturing(null, 'they are switched off');
@@ -157,7 +162,7 @@ export class BoundDevice implements Device {
       captureFault: () => (this.kind === 'cuda' ? (device.capturing.fault ?? '') : ''),
       kvBytes: kvOf,
       openPass: (own, allReduce) =>
-        openPass(device, shard, own, allReduce, attentionRows, this.#cuda),
+        openPass(device, shard, own, allReduce, attentionRows, this.#cuda, this.#signals),
       release: () => {
         shard.release();
       },
@@ -172,6 +177,7 @@ async function openPass(
   allReduce: AllReduce,
   attentionRows: number,
   cuda: CudaRuntime | null,
+  signals: StreamSignals | null,
 ): Promise<OpenPass> {
   const { config, plan, attention } = shard.shape;
   // Copies of pinned memory need no second copy on their way.
@@ -195,12 +201,27 @@ async function openPass(
     releases.push(() => {
       workspace.release();
     });
-    const pass = new DevicePass(device, shard, kv, workspace, allReduce);
+    const stream = signals === null ? null : attachedTo(allReduce, signals);
+    if (stream !== null) {
+      releases.push(() => {
+        stream.release();
+      });
+    }
+    const pass = new DevicePass(device, shard, kv, workspace, allReduce, stream);
     await pass.warmUp(() => new Promise((resolve) => setImmediate(resolve)));
     return { pass, release };
   } catch (error) {
     release();
     throw error;
+  }
+}
+
+/** Where a device cannot reach shared memory the host exchanges. */
+function attachedTo(allReduce: AllReduce, signals: StreamSignals): StreamExchange | null {
+  try {
+    return allReduce.attach(signals);
+  } catch {
+    return null;
   }
 }
 

@@ -66,6 +66,10 @@ export class Launch {
     this.#capturing = capturing;
   }
 
+  isCapturedFor(total: number): boolean {
+    return this.#captured !== null && this.#total === total;
+  }
+
   get isCaptured(): boolean {
     return this.#captured !== null;
   }

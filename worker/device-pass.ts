@@ -12,6 +12,7 @@ import type { PartialBuffer } from './direct-memory.js';
 import type { OrtDevice } from './ort-device.js';
 import type { Pass, PassFigures, RowTop, Slots, Wish } from './pass.js';
 import type { AttentionGroup, StepLayout } from './step-layout.js';
+import type { StreamExchange } from './stream-exchange.js';
 
 export class DevicePass implements Pass {
   readonly config: LlamaConfig;
@@ -22,6 +23,8 @@ export class DevicePass implements Pass {
   readonly #device: OrtDevice;
   readonly #workspace: DeviceWorkspace;
   readonly #allReduce: AllReduce;
+  /** For steps that are captured, where the device's stream can exchange partials itself. */
+  readonly #stream: StreamExchange | null;
   #turn: Turn = 0;
   #waitMs = 0;
   /** Of the last step that had sampled rows. */
@@ -34,6 +37,7 @@ export class DevicePass implements Pass {
     kv: DeviceKv,
     workspace: DeviceWorkspace,
     allReduce: AllReduce,
+    stream: StreamExchange | null,
   ) {
     this.config = shard.config;
     this.vocab = shard.plan.vocab;
@@ -45,6 +49,7 @@ export class DevicePass implements Pass {
     this.#device = device;
     this.#workspace = workspace;
     this.#allReduce = allReduce;
+    this.#stream = stream;
   }
 
   /**
@@ -105,15 +110,24 @@ export class DevicePass implements Pass {
     this.#bindPositions(runs, layout.positions, groups);
     this.#bindTokens(runs, layout.tokens);
     runAll(runs.inputs);
+    const head = sampledRows.length > 0 ? this.#bindHead(layout, wish) : null;
     const total = runs.totalLengths[0]![0]!;
+    const stream = this.#stream !== null && runs.isCaptured(total) ? this.#stream : null;
     for (let i = 0; i < runs.segments.length; i += 1) {
       const { launch, buffer } = runs.segments[i]!;
       launch.run(total);
+      if (stream !== null) {
+        stream.enqueue(this.#nextTurn(), this.#workspace.partialWords(rowCount));
+        continue;
+      }
       const waiting = this.#share(runs, rowCount, buffer);
       if (waiting !== null) await waiting;
     }
-    if (sampledRows.length > 0) this.#sample(layout, wish);
-    else this.#device.synchronize();
+    head?.launch.run();
+    // Copies would wait with the stream, for ever if a peer is dead.
+    if (stream !== null) await stream.settle();
+    if (head === null) this.#device.synchronize();
+    else runAll(head.results);
     return {
       waitMs: this.#waitMs,
       copyMs: traffic.ms - before.ms,
@@ -145,7 +159,7 @@ export class DevicePass implements Pass {
     return rowLogits;
   }
 
-  #sample({ rowCount, sampledRows }: StepLayout, wish: Wish): void {
+  #bindHead({ rowCount, sampledRows }: StepLayout, wish: Wish): HeadRuns {
     const head = this.#workspace.head(rowCount, sampledRows.length, wish.k);
     this.#head = head;
     this.#wish = wish;
@@ -155,14 +169,12 @@ export class DevicePass implements Pass {
       head.inverseTemperatures[i] = temperature > 0 ? 1 / temperature : 1;
     });
     runAll(head.inputs);
-    head.launch.run();
-    runAll(head.results);
+    return head;
   }
 
   /** Our partial goes to the peers, and theirs come beside it. @returns null when they are here already. */
   #share({ partials }: StepRuns, rowCount: number, buffer: PartialBuffer): Promise<void> | null {
-    const turn = this.#turn;
-    this.#turn = turn === 0 ? 1 : 0;
+    const turn = this.#nextTurn();
     partials.send(turn, buffer);
     const startMs = performance.now();
     const waiting = this.#allReduce.exchange(turn, this.#workspace.partialWords(rowCount));
@@ -173,6 +185,12 @@ export class DevicePass implements Pass {
     if (waiting !== null) return waiting.then(receive);
     receive();
     return null;
+  }
+
+  #nextTurn(): Turn {
+    const turn = this.#turn;
+    this.#turn = turn === 0 ? 1 : 0;
+    return turn;
   }
 
   #bindTokens({ tokens }: StepRuns, ids: readonly number[]): void {

@@ -40,6 +40,8 @@ export interface StepRuns {
   readonly partials: BoundPartials;
   /** The embedding, and attention and feed-forward network of each layer. */
   readonly segments: readonly Segment[];
+  /** Whether all of it is launched without anything to be made first, for this total length. */
+  isCaptured(total: number): boolean;
   /** The embedding and the first layer. */
   readonly first: readonly BoundRun[];
   release(): void;

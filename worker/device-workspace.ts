@@ -268,6 +268,7 @@ export class DeviceWorkspace {
       lastPositions: lastPositions.map(({ array }) => array),
       totalLengths: totalLengths.map(({ array }) => array),
       inputs: small.copies,
+      isCaptured: (total) => segments.every(({ launch }) => launch.isCapturedFor(total)),
       first: [embed, attention[0]!, ffn[0]!],
       release: () => {
         made.release();

@@ -29,6 +29,27 @@ export interface DirectMemory {
   read(address: bigint, byteCount: number): Uint8Array;
 }
 
+/**
+ * A device's stream that shows numbers to others, and waits for theirs, in memory of the host but without the host: it is
+ * given a whole step at once.
+ */
+export interface StreamSignals {
+  /** Lets the device reach host memory. @throws CaravanError in the device's words. */
+  map(address: bigint, byteCount: number): MappedMemory;
+  /** Once all that the stream was given before is done. */
+  show(address: bigint, value: number): void;
+  /** What comes after it waits until the number is at least that, as they wrap at 2^32. */
+  await(address: bigint, value: number): void;
+  /** Whether all that the stream was given is done. */
+  isIdle(): boolean;
+}
+
+export interface MappedMemory {
+  /** The device's. */
+  readonly address: bigint;
+  release(): void;
+}
+
 /** Whose partial it is: also the place of its buffer in a block. */
 export const partialBuffer = { embedding: 0, attention: 1, ffn: 2 } as const;
 export type PartialBuffer = (typeof partialBuffer)[keyof typeof partialBuffer];

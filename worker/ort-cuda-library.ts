@@ -20,12 +20,15 @@ const signatures = {
     'int cudaMemcpyAsync(void* target, void* source, size_t bytes, int kind, void* stream)',
   memsetAsync: 'int cudaMemsetAsync(void* memory, int value, size_t bytes, void* stream)',
   hostRegister: 'int cudaHostRegister(void* memory, size_t bytes, unsigned int flags)',
+  hostGetDevicePointer:
+    'int cudaHostGetDevicePointer(_Out_ void** target, void* memory, unsigned int flags)',
   hostUnregister: 'int cudaHostUnregister(void* memory)',
   ipcGetMemHandle: 'int cudaIpcGetMemHandle(void* handle, void* memory)',
   ipcOpenMemHandle:
     'int cudaIpcOpenMemHandle(_Out_ void** memory, cudaIpcMemHandle_t handle, unsigned int flags)',
   ipcCloseMemHandle: 'int cudaIpcCloseMemHandle(void* memory)',
   streamCreate: 'int cudaStreamCreateWithFlags(_Out_ void** stream, unsigned int flags)',
+  streamQuery: 'int cudaStreamQuery(void* stream)',
   streamSynchronize: 'int cudaStreamSynchronize(void* stream)',
   streamBeginCapture: 'int cudaStreamBeginCapture(void* stream, int mode)',
   streamEndCapture: 'int cudaStreamEndCapture(void* stream, _Out_ void** graph)',
@@ -44,6 +47,28 @@ export type CudaFunction = (...args: unknown[]) => number;
 export type CudaLibrary = Readonly<
   Record<Exclude<keyof typeof signatures, 'getErrorString'>, CudaFunction>
 > & { readonly getErrorString: (code: number) => string };
+
+/** Of the driver: numbers in memory that a stream writes, and waits for. Answer CUresult, 0 for none. */
+const driverSignatures = {
+  streamWriteValue:
+    'int cuStreamWriteValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned int flags)',
+  streamWaitValue:
+    'int cuStreamWaitValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned int flags)',
+} as const;
+
+export type CudaDriver = Readonly<Record<keyof typeof driverSignatures, CudaFunction>>;
+
+/** @returns null where there is no driver, or an older one without these. */
+export function loadCudaDriver(): CudaDriver | null {
+  try {
+    const library = koffi.load('libcuda.so.1');
+    return Object.fromEntries(
+      Object.entries(driverSignatures).map(([key, signature]) => [key, library.func(signature)]),
+    ) as unknown as CudaDriver;
+  } catch {
+    return null;
+  }
+}
 
 /** @returns null where CUDA's library is not found. */
 export function loadCudaLibrary(): CudaLibrary | null {

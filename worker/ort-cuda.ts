@@ -5,9 +5,15 @@
  */
 import { CaravanError } from '../proto/errors.js';
 import type { Captured } from './device-launch.js';
-import type { DirectBlock, DirectMemory } from './direct-memory.js';
+import type { DirectBlock, DirectMemory, MappedMemory, StreamSignals } from './direct-memory.js';
 import type { TensorArray } from './ort.js';
-import { IPC_HANDLE_BYTES, loadCudaLibrary, type CudaLibrary } from './ort-cuda-library.js';
+import {
+  IPC_HANDLE_BYTES,
+  loadCudaDriver,
+  loadCudaLibrary,
+  type CudaDriver,
+  type CudaLibrary,
+} from './ort-cuda-library.js';
 
 const TO_DEVICE = 1;
 const TO_HOST = 2;
@@ -16,10 +22,16 @@ const PEER_ACCESS_AT_NEED = 1;
 /** Captures whatever comes, memory that kernels ask for meanwhile among it. */
 const RELAXED = 2;
 
+const MAPPED = 2;
+/** cudaErrorNotReady */
+const NOT_READY = 600;
+
 export class CudaRuntime implements DirectMemory {
   readonly stream: bigint;
   readonly index: number;
   readonly #library: CudaLibrary;
+  /** Null where the driver's streams cannot wait for numbers. */
+  readonly signals: StreamSignals | null;
   /** What peers may read: it stays when a group ends, since they may be later to notice. */
   #shared: {
     readonly address: bigint;
@@ -28,19 +40,20 @@ export class CudaRuntime implements DirectMemory {
   } | null = null;
 
   /** @throws CaravanError `bad_usage` when there is no such GPU. */
-  constructor(library: CudaLibrary, index: number) {
+  constructor(library: CudaLibrary, index: number, driver: CudaDriver | null = null) {
     this.#library = library;
     this.index = index;
     this.#check(library.setDevice(index), `GPU ${index}`);
     const out: unknown[] = [null];
     this.#check(library.streamCreate(out, NON_BLOCKING), 'a stream');
     this.stream = out[0] as bigint;
+    this.signals = driver === null ? null : this.#signalsBy(driver);
   }
 
   /** @returns null where CUDA's library is not found. @throws CaravanError `bad_usage` when it has no such GPU. */
   static open(index: number): CudaRuntime | null {
     const library = loadCudaLibrary();
-    return library === null ? null : new CudaRuntime(library, index);
+    return library === null ? null : new CudaRuntime(library, index, loadCudaDriver());
   }
 
   /** Bytes of the device's memory. */
@@ -180,6 +193,43 @@ export class CudaRuntime implements DirectMemory {
       },
       release: () => {
         library.graphExecDestroy(executable);
+      },
+    };
+  }
+
+  #signalsBy({ streamWriteValue, streamWaitValue }: CudaDriver): StreamSignals {
+    const library = this.#library;
+    const checkDriver = (code: number, what: string): void => {
+      if (code === 0) return;
+      throw new CaravanError('bad_usage', `--device cuda:${this.index}: ${what}: CUresult ${code}`);
+    };
+    return {
+      map: (address, byteCount): MappedMemory => {
+        this.#check(library.hostRegister(address, byteCount, MAPPED), 'shared memory');
+        const out: unknown[] = [null];
+        this.#check(library.hostGetDevicePointer(out, address, 0), 'shared memory');
+        const release = (): void => {
+          library.hostUnregister(address);
+        };
+        return { address: out[0] as bigint, release };
+      },
+      show: (address, value) => {
+        checkDriver(
+          streamWriteValue(this.stream, address, value >>> 0, 0),
+          'a number of the stream',
+        );
+      },
+      await: (address, value) => {
+        checkDriver(
+          streamWaitValue(this.stream, address, value >>> 0, 0),
+          'a number of the stream',
+        );
+      },
+      isIdle: () => {
+        const code = library.streamQuery(this.stream);
+        if (code === NOT_READY) return false;
+        this.#check(code, 'the stream');
+        return true;
       },
     };
   }

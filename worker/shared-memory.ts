@@ -186,6 +186,21 @@ export class SharedSegment {
     return this.#header[1 + turn]!;
   }
 
+  /** Where the number of partials lies, on a page of its own: for devices that write it or wait for it. */
+  get numberPage(): { readonly address: bigint; readonly byteCount: number } {
+    return { address: this.#address, byteCount: HEADER_BYTES };
+  }
+
+  /** Says beforehand how many elements a partial has that the owner's device will show. */
+  announce(turn: 0 | 1, count: number): void {
+    this.#header[1 + turn] = count;
+  }
+
+  /** Lets whoever waits for that many partials go on, though they never came: the group ends. */
+  giveUp(sequence: number): void {
+    Atomics.store(this.#header, 0, sequence | 0);
+  }
+
   /** Shows the `sequence`-th partial (from 1, wrapping at 2^31), which the owner has written. */
   publish(sequence: number, turn: 0 | 1, count: number): void {
     this.#header[1 + turn] = count;
