@@ -13,7 +13,12 @@ function library(errors: Record<string, number> = {}) {
   const calls: [name: string, ...args: unknown[]][] = [];
   const outs: Record<string, unknown> = {
     ...{ streamCreate: STREAM, malloc: 4096n, ipcOpenMemHandle: 8192n },
-    ...{ streamEndCapture: 11n, graphInstantiate: 12n, getDeviceCount: 3 },
+    ...{
+      streamEndCapture: 11n,
+      graphInstantiate: 12n,
+      getDeviceCount: 3,
+      hostGetDevicePointer: 8n,
+    },
   };
   const table = new Proxy({} as CudaLibrary, {
     get: (_, name: string) => {
@@ -115,6 +120,43 @@ void test('what is captured is begun, ended, made a graph and launched on the st
   ]);
   assert.deepEqual(calls[before], ['streamBeginCapture', STREAM, 2]);
   assert.deepEqual(calls.at(-2), ['graphLaunch', 12n, STREAM]);
+});
+
+void test('the stream writes and awaits numbers in memory of the host, which it is shown and forgets', () => {
+  const { calls, table, names } = library();
+  const told: unknown[][] = [];
+  const driver = {
+    streamWriteValue: (...args: unknown[]) => told.push(['write', ...args]) * 0,
+    streamWaitValue: (...args: unknown[]) => told.push(['wait', ...args]) * 0,
+  };
+  assert.equal(new CudaRuntime(table, 0).signals, null);
+  const { signals } = new CudaRuntime(table, 0, driver);
+  const page = signals!.map(4096n, 4096);
+  assert.equal(page.address, 8n);
+  assert.deepEqual(calls.at(-2), ['hostRegister', 4096n, 4096, 2]);
+  // Numbers wrap.
+  signals!.show(page.address, 7);
+  signals!.await(page.address, -1);
+  assert.deepEqual(told, [
+    ['write', STREAM, 8n, 7, 0],
+    ['wait', STREAM, 8n, 0xffffffff, 0],
+  ]);
+  page.release();
+  assert.deepEqual(calls.at(-1), ['hostUnregister', 4096n]);
+  assert.ok(signals!.isIdle());
+  const busy = new CudaRuntime(library({ streamQuery: 600 }).table, 0, driver);
+  assert.ok(!busy.signals!.isIdle());
+  const lost = new CudaRuntime(library({ streamQuery: 700 }).table, 0, driver);
+  assert.throws(() => lost.signals!.isIdle(), says(/the stream: error 700 in words/));
+  const refusing = { ...driver, streamWaitValue: () => 801 };
+  const none = new CudaRuntime(table, 5, refusing).signals!;
+  assert.throws(
+    () => {
+      none.await(8n, 1);
+    },
+    says(/cuda:5: .*CUresult 801/),
+  );
+  assert.ok(names().includes('streamQuery'));
 });
 
 void test('a capture that fails is ended, and the runs are made one by one from then on', () => {
