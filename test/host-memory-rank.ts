@@ -87,6 +87,7 @@ class HostSignals implements StreamSignals {
   shown = 0;
   readonly #waits: (() => boolean)[] = [];
   readonly #patienceMs: number;
+  readonly #nothing = new Int32Array(new SharedArrayBuffer(4));
 
   constructor(patienceMs: number) {
     this.#patienceMs = patienceMs;
@@ -104,8 +105,10 @@ class HostSignals implements StreamSignals {
   await(address: bigint, value: number): void {
     const number = new Int32Array(koffi.view(address, 4));
     const isThere = (): boolean => ((Atomics.load(number, 0) - value) | 0) >= 0;
-    const lastMs = performance.now() + this.#patienceMs;
-    while (!isThere() && performance.now() < lastMs);
+    // What stands still already is not waited for again.
+    const lastMs = performance.now() + (this.isIdle() ? this.#patienceMs : 0);
+    // Others want the core.
+    while (!isThere() && performance.now() < lastMs) Atomics.wait(this.#nothing, 0, 0, 0.1);
     this.#waits.push(isThere);
   }
 
