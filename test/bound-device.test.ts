@@ -151,6 +151,37 @@ void test('a slot that begins with a copy of another one goes on as that one doe
   }
 });
 
+void test("a step of many groups is cut and joined in several cuts, with the oracle's logits", async () => {
+  const folder = path.join(scratch, 'cut');
+  const config = {
+    ...{ hiddenSize: 32, ffnSize: 64, layerCount: 2, headCount: 2, kvHeadCount: 1, headSize: 16 },
+    ...{ vocabSize: 61, maxPositions: 96, normEps: 1e-5, ropeTheta: 10_000, isHeadTied: false },
+  };
+  writeRandomCheckpoint(folder, { config, seed: 6, format: 'F32', shardCount: 1 });
+  const tokens = Array.from({ length: 80 }, (_, i) => (5 * i) % 61);
+  const { logits: expected } = prefill(new Oracle(folder), tokens);
+  // 79 rows, 4 at once, are 20 groups; 2 at once 40, and 1 at once 79, which is more than 64.
+  for (const attentionRows of [4, 2, 1]) {
+    const limits = {
+      maxSeqLen: 96,
+      maxBatchSize: 1,
+      maxStepRows: 80,
+      tp: 1,
+      weights: 'fp32',
+    } as const;
+    await withHostMemoryDevices(folder, 'webgpu', { ...limits, attentionRows }, async (ranks) => {
+      const { SAMPLED_ROWS_LAST: sampledRows } = SampledRows;
+      const joins = [{ slot: 0, temperature: 0 }];
+      const chunks = [{ slot: 0, tokens: tokens.slice(0, 79), sampledRows, targets: [] }];
+      await ranks.forward({ ...noStep, number: 1, joins, chunks });
+      const decode = { decodeSlots: [0], decodeTokens: [tokens[79]!] };
+      await ranks.forward({ ...noStep, ...decode, number: 2 });
+      const most = distance(await ranks.fetchRow(2, 0), expected);
+      assert.ok(most < 2e-4, `${attentionRows} at once: ${most}`);
+    });
+  }
+});
+
 void test('decodes that come again are launched as one, and give the same logits, bit for bit', async () => {
   const folder = path.join(scratch, 'captured');
   const config = {

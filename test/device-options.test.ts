@@ -95,7 +95,7 @@ void test('a device that has no rank says why', async () => {
 });
 
 void test('too little memory is said before anything is read: what was asked, what is free', async () => {
-  const asked = { weightBytes: 13.5e9, kvBytes: 2e9, sessionBytes: 0.5e9 };
+  const asked = { weightBytes: 13.5e9, kvBytes: 2e9, sessionBytes: 0.5e9, isSmallest: false };
   refuseTooLittle('cuda:1', { freeBytes: 16e9, totalBytes: 24e9 }, asked);
   assert.throws(
     () => {
@@ -103,8 +103,16 @@ void test('too little memory is said before anything is read: what was asked, wh
     },
     isRefusal(
       'out_of_memory',
-      /cuda:1 needs 16\.00 GB \(weights 13\.50 GB, KV 2\.00 GB, .*15\.90 GB of its 24\.00 GB are free/,
+      /cuda:1 needs 16\.00 GB \(weights 13\.50 GB, KV 2\.00 GB, .*15\.90 GB of its 24\.00 GB are free.* take --weights int4, /,
     ),
+  );
+  // Nobody is told to take what he has.
+  assert.throws(
+    () => {
+      const free = { freeBytes: 15.9e9, totalBytes: 24e9 };
+      refuseTooLittle('cuda:1', free, { ...asked, isSmallest: true });
+    },
+    isRefusal('out_of_memory', /lower --max-seq-len or --max-batch-size, or take more ranks$/),
   );
   const limits = {
     tp: 1,

@@ -9,7 +9,10 @@ import { after, test } from 'node:test';
 import { evaluate } from '../coordinator/evaluation.js';
 import type { Ranks } from '../coordinator/ranks.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
+import { CaravanError } from '../proto/errors.js';
 import { SampledRows, type StepResult } from '../proto/gen/cluster.js';
+import { runCli } from './cli.js';
+import { withHostMemoryDevices } from './device-ranks.js';
 import { readTinyGolden, sharedGolden } from './golden.js';
 import { RankPool } from './rank-pool.js';
 import { sharedPath, skipWithout } from './shared.js';
@@ -131,6 +134,59 @@ for (const tp of [1, 2]) {
         const expected = ids.slice(from, from + 32);
         assert.deepEqual(decoded.ids.slice(0, expected.length), expected);
       });
+    },
+  );
+}
+
+void test(
+  'stories260K: the whole golden text, from the command line',
+  { skip: skip(sharedGolden.text) },
+  async () => {
+    const model = sharedPath(sharedGolden.model);
+    const words = ['generate', '--model', model, '--device', 'webgpu', '--tp', '1', '--json'];
+    const how = ['--weights', 'fp32', '--temperature', '0', '--ignore-eos', '--max-tokens', '200'];
+    const driver = { VK_ICD_FILENAMES: process.env['VK_ICD_FILENAMES'] };
+    // No wall clock decides it: a software GPU of a busy machine takes as long as it takes.
+    const { code, stdout, stderr } = await runCli([...words, ...how], 600_000, driver);
+    assert.equal(code, 0, stderr);
+    const { text } = JSON.parse(stdout) as { text: string };
+    const golden = fs.readFileSync(sharedPath(sharedGolden.text), 'utf8');
+    assert.equal(text.trimEnd(), golden.trimEnd());
+  },
+);
+
+// Largest difference to the same graphs in host memory, whose logits are held to the oracle's (bound-device).
+for (const [weights, tolerance] of [
+  ['fp16', 5e-2],
+  ['int4', 5e-3],
+] as const) {
+  void test(
+    `caravan-tiny, ${weights}: the logits of the same graphs on the CPU`,
+    { skip: skip() },
+    async (t) => {
+      const { promptIds, ids } = readTinyGolden()[0]!;
+      const tokens = [...promptIds, ...ids].slice(0, CHUNK + 10);
+      const positions = [0, 1, CHUNK - 1, tokens.length - 1];
+      const logitsOf = async (ranks: Ranks) => {
+        const found = await evaluate(ranks, tokens, CHUNK, positions, limits.maxSeqLen);
+        return positions.map((position) => found.logits.get(position)!);
+      };
+      const folder = embeddedModelPath();
+      const own = { ...limits, tp: 1, weights };
+      const computing = pool.withGroup(folder, own, ({ ranks }) => logitsOf(ranks));
+      const onGpu = await computing.catch((error: unknown) => {
+        // The software driver has no 16-bit floats: then it is said, with what to take instead.
+        assert.equal(weights, 'fp16');
+        assert.ok(error instanceof CaravanError);
+        assert.match(error.message, /webgpu has no 16-bit floats: take --weights fp32 or int4$/);
+        t.diagnostic(error.message);
+        return null;
+      });
+      if (onGpu === null) return;
+      const onCpu = await withHostMemoryDevices(folder, 'webgpu', own, logitsOf);
+      const most = Math.max(...onGpu.map((row, i) => distance(row, onCpu[i]!)));
+      t.diagnostic(`largest difference ${most.toExponential(1)}`);
+      assert.ok(most < tolerance, String(most));
     },
   );
 }

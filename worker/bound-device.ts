@@ -145,12 +145,21 @@ export class BoundDevice implements Device {
         weightBytes: weightBytes(config, plan, forms) - tiedBytes,
         kvBytes: kvOf(limits),
         sessionBytes: SESSION_BYTES,
+        isSmallest: forms.variants[0]!.gateUp.kind === 'int4',
       });
     }
     const device = this.#device;
-    const attentionRows =
-      this.#attentionRows ?? (this.kind === 'webgpu' ? mostAttentionRows(device, shape) : Infinity);
-    const shard = await DeviceShard.load(device, shape, forms, source);
+    const isUnknown = this.#attentionRows === null && this.kind === 'webgpu';
+    let attentionRows: number;
+    let shard: DeviceShard;
+    try {
+      attentionRows = isUnknown
+        ? mostAttentionRows(device, shape)
+        : (this.#attentionRows ?? Infinity);
+      shard = await DeviceShard.load(device, shape, forms, source);
+    } catch (error) {
+      throw withoutHalves(this.name, error);
+    }
     return {
       config,
       plan,
@@ -216,6 +225,16 @@ async function openPass(
   }
 }
 
+/** A device that lacks 16-bit floats says so when the first of them comes. */
+function withoutHalves(device: string, error: unknown): unknown {
+  if (!(error instanceof CaravanError) || !/f16|float16/.test(error.message)) return error;
+  return new CaravanError(
+    'bad_usage',
+    `${device} has no 16-bit floats: take --weights fp32 or int4`,
+    { cause: error },
+  );
+}
+
 /** Where a device cannot reach shared memory the host exchanges. */
 function attachedTo(allReduce: AllReduce, signals: StreamSignals): StreamExchange | null {
   try {
@@ -239,15 +258,17 @@ export function refuseTooLittle(
     readonly weightBytes: number;
     readonly kvBytes: number;
     readonly sessionBytes: number;
+    /** Whether no other weights have fewer bits. */
+    readonly isSmallest: boolean;
   },
 ): void {
-  const { weightBytes: weights, kvBytes: kv, sessionBytes } = asked;
+  const { weightBytes: weights, kvBytes: kv, sessionBytes, isSmallest } = asked;
   const sum = weights + kv + sessionBytes;
   if (sum <= freeBytes) return;
   throw new CaravanError(
     'out_of_memory',
     `${device} needs ${gigabytes(sum)} (weights ${gigabytes(weights)}, KV ${gigabytes(kv)}, sessions ` +
       `${gigabytes(sessionBytes)}), ${gigabytes(freeBytes)} of its ${gigabytes(totalBytes)} are free: ` +
-      'lower --max-seq-len or --max-batch-size, take --weights int4, or more ranks',
+      `lower --max-seq-len or --max-batch-size, ${isSmallest ? '' : 'take --weights int4, '}or take more ranks`,
   );
 }

@@ -14,6 +14,7 @@ import type { RankPlan } from '../model/plan.js';
 import type { WeightForm } from '../model/weights.js';
 import { float, GraphBuilder, int, MICROSOFT, type Graph } from './graph-builder.js';
 import { elementType, type ElementType } from './ort.js';
+import { cutInput, rowCuts, type GroupRange } from './row-cuts.js';
 
 const { float32, float16, uint8, int32, int64 } = elementType;
 
@@ -143,7 +144,7 @@ class DeviceGraphBuilder extends GraphBuilder {
 
 /**
  * Attention of a layer, over all rows of a step. `groups` says how many runs of GroupQueryAttention there are, and of which
- * kind; with several, input `groupRows` has the rows of each.
+ * kind; with several, inputs say how the rows are cut into theirs (`row-cuts`).
  */
 export function deviceAttentionGraph(
   shape: DeviceShape,
@@ -159,11 +160,16 @@ export function deviceAttentionGraph(
   const operands = isPacked(shape)
     ? [{ name: 'qkv', width: qkv.outputs }]
     : rotatedOperands(graph, shape);
-  if (groups.length > 1) {
-    graph.input('groupRows', int64, [groups.length]);
+  const cuts = rowCuts({ first: 0, count: groups.length });
+  const nameOf = (whole: string, { first, count }: GroupRange): string => {
+    if (count === groups.length) return whole;
+    return count === 1 ? `${whole}.${first}` : `${whole}.${first}.${count}`;
+  };
+  for (const cut of cuts) {
+    const sizes = graph.input(cutInput(cut), int64, [cut.parts.length]);
     for (const { name } of operands) {
-      const parts = groups.map((_, g) => `${name}.${g}`);
-      graph.node('Split', [name, 'groupRows'], parts, [int('axis', 1)]);
+      const parts = cut.parts.map((part) => nameOf(name, part));
+      graph.node('Split', [nameOf(name, cut), sizes], parts, [int('axis', 1)]);
     }
   }
   const attended = groups.map((kind, g) => {
@@ -175,11 +181,13 @@ export function deviceAttentionGraph(
     });
     return attend(graph, shape, rows, kind, g);
   });
-  let all = attended[0]!;
-  if (attended.length > 1) {
-    graph.node('Concat', attended, ['attended'], [int('axis', 1)]);
-    all = 'attended';
+  for (const cut of cuts.reverse()) {
+    const parts = cut.parts.map((part) =>
+      part.count === 1 ? attended[part.first]! : nameOf('attended', part),
+    );
+    graph.node('Concat', parts, [nameOf('attended', cut)], [int('axis', 1)]);
   }
+  let all = attended.length > 1 ? 'attended' : attended[0]!;
   all = graph.cast(all, attention, activations, 'attended.cast');
   graph.product(all, 'o', o, 'partial');
   graph.partialOutput();

@@ -21,6 +21,7 @@ import { DevicePartials } from './device-partials.js';
 import { partialBuffer, type PartialBuffer } from './direct-memory.js';
 import type { DeviceTensor } from './device-tensor.js';
 import type { OrtDevice } from './ort-device.js';
+import { cutInput, rowCuts, type GroupRange } from './row-cuts.js';
 import { rotaryTables } from './rotary.js';
 import type { AttentionGroup } from './step-layout.js';
 
@@ -186,10 +187,13 @@ export class DeviceWorkspace {
       ['cos', this.#buffers.cos],
       ['sin', this.#buffers.sin],
     ]);
-    if (groups.length > 1) {
-      const counts = BigInt64Array.from(groups, ({ batch, length }) => BigInt(batch * length));
-      const groupRows = made.hostInput(counts, [groups.length]);
-      common.set('groupRows', groupRows.tensor);
+    for (const cut of rowCuts({ first: 0, count: groups.length })) {
+      const rowsOf = ({ first, count }: GroupRange): bigint =>
+        groups
+          .slice(first, first + count)
+          .reduce((sum, { batch, length }) => sum + BigInt(batch * length), 0n);
+      const sizes = BigInt64Array.from(cut.parts, rowsOf);
+      common.set(cutInput(cut), made.hostInput(sizes, [sizes.length]).tensor);
     }
     groups.forEach((_, g) => {
       common.set(`lastPositions.${g}`, lastPositions[g]!.tensor);
