@@ -219,6 +219,11 @@ export class RankEngine implements Engine {
     if (!signal.aborted && this.#ended !== null) throw this.#ended;
   }
 
+  /** Every sink hears what the last step gave its sequence. */
+  readonly #tell = (): void => {
+    for (const sequence of this.#sequences) if (!sequence.isCancelled) sequence.tell();
+  };
+
   /** Cancelled sequences leave, and resumed ones that were already over end. */
   #sweep(): void {
     for (const sequence of [...this.#sequences]) {
@@ -251,7 +256,10 @@ export class RankEngine implements Engine {
     const rewinds = this.#rewinds.splice(0);
     const step = stepMessage(this.#stepNumber, plan, { joins, rewinds }, this.#masks);
     const sentMs = performance.now();
-    const results = await this.#ranks.forward(step);
+    const computing = this.#ranks.forward(step);
+    // Once the step is on its way: texts, journal and streams take their time beside it.
+    setImmediate(this.#tell);
+    const results = await computing;
     const ranksMs = performance.now() - sentMs;
     const draftRows = drafts.reduce((sum, { draft }) => sum + draft.length, 0);
     const promptTokens = chunks.reduce((sum, { count }) => sum + count, 0);
@@ -356,6 +364,7 @@ export class RankEngine implements Engine {
     } catch (thrown) {
       // A grammar that takes too much: its sequence alone fails.
       this.#leave(sequence);
+      sequence.tell();
       sequence.sink.fail(toCaravanError(thrown));
       return null;
     }
@@ -366,6 +375,7 @@ export class RankEngine implements Engine {
 
   #finish(sequence: Sequence, reason: FinishReason): void {
     this.#leave(sequence);
+    sequence.tell();
     sequence.sink.end(reason, sequence.endText());
   }
 
@@ -380,7 +390,9 @@ export class RankEngine implements Engine {
     if (this.#ended !== null) return;
     this.#ended = error;
     for (const sequence of this.#sequences.splice(0)) {
-      if (!sequence.isCancelled) sequence.sink.fail(error);
+      if (sequence.isCancelled) continue;
+      sequence.tell();
+      sequence.sink.fail(error);
     }
     this.#wake?.();
   }

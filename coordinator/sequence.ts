@@ -49,6 +49,12 @@ export class Sequence implements Schedulable {
   draft: readonly number[] = NOTHING;
   /** (1 + draft) what may come after each row's token; none for an answer of any shape. */
   draftMasks: readonly TokenMask[] = NOTHING;
+  /** Tokens that the sink is yet to be told of, with their text where that is known. */
+  readonly #untold: {
+    readonly token: number;
+    readonly text: string | null;
+    readonly logprobs: TokenLogprobs | undefined;
+  }[] = [];
   /** True until a step has told the ranks of it. */
   isNew = true;
   /** Set when somebody wants it gone: it leaves before the next step. */
@@ -207,14 +213,16 @@ export class Sequence implements Schedulable {
   }
 
   /**
-   * Takes the next token and tells the sink.
+   * Takes the next token. The sink is told by `tell`.
    *
    * @returns why the sequence is over, or null.
    * @throws CaravanError `invalid_request` when what may follow takes too much to tell.
    */
   accept(token: number, logprobs?: TokenLogprobs): FinishReason | null {
     this.#tokens.push(token);
-    this.sink.token(token, this.#text.push(token), logprobs);
+    // Only where a text can end the sequence is it needed before the next step.
+    const text = this.spec.request.stop.length > 0 ? this.#text.push(token) : null;
+    this.#untold.push({ token, text, logprobs });
     this.#limits.walk?.take(token);
     const ending = this.#endingAfter(token);
     // Told now, where it can fail, and kept for the step.
@@ -222,7 +230,15 @@ export class Sequence implements Schedulable {
     return ending;
   }
 
-  /** Text that was held back. */
+  /** Tells the sink of the tokens that it has not heard of: while the next step is computed. */
+  tell(): void {
+    for (const { token, text, logprobs } of this.#untold) {
+      this.sink.token(token, text ?? this.#text.push(token), logprobs);
+    }
+    this.#untold.length = 0;
+  }
+
+  /** Text that was held back; all tokens must be told. */
   endText(): string {
     return this.#text.end();
   }

@@ -15,13 +15,15 @@ import { startEngine, tinyTokenizer } from './real-engine.js';
 import { startRedis } from './redis-server.js';
 
 const TIMEOUT_MS = 120_000;
+/** With the engines' slow steps long enough for a job to be held as long as one must be before it makes room. */
 const LONG_TOKENS = 240;
+const SLOW_STEPS = { tp: 2, args: ['--transport', 'grpc'] };
 const BATCH = 1000;
 
 const redis = await startRedis();
 after(() => redis.stop());
 const engines = await Promise.all(
-  [1, 2].map(() => startEngine(redis.url, { tp: 1, maxBatchSize: 2 })),
+  [1, 2].map(() => startEngine(redis.url, { ...SLOW_STEPS, maxBatchSize: 2 })),
 );
 after(() => Promise.all(engines.map((engine) => engine.stop())));
 const journal = await Journal.open(redis.url, 'patient');

@@ -41,6 +41,8 @@ function aloneAmong(tp: number, capacity: number): AllReduce {
   const turn = () => Array.from({ length: tp }, () => allocate(capacity));
   return {
     partials: [turn(), turn()],
+    direct: null,
+    attach: () => null,
     exchange: () => null,
     abort: () => undefined,
     close: () => undefined,
