@@ -320,7 +320,8 @@ export function deviceHeadGraph(shape: DeviceShape, head: MatrixShape): Graph {
   graph.output('topLogits', float32, [1, 'sampled', 'k']);
   graph.output('topPlaces', int64, [1, 'sampled', 'k']);
   const last = graph.integers('last', [2]);
-  graph.node('ReduceMax', ['logits', last], ['largest']);
+  // They fall, and CUDA takes a thousand times longer for the maxima of several rows.
+  graph.node('Gather', ['topLogits', graph.integers('first', [0])], ['largest'], [int('axis', 2)]);
   graph.node('Sub', ['logits', 'largest'], ['below']);
   graph.node('Mul', ['below', 'inverseTemperatures'], ['tempered']);
   for (const [from, to] of [
