@@ -91,9 +91,16 @@ export class JobsServer {
     const client = [tenant.name, claim.authorization ?? ''];
     const key = idempotencyKeyOf(request.idempotencyKey, client, route, body);
     const id = key?.jobId ?? newJobId();
-    if (key === null) await answers.submit(asked, id, tenant);
-    else await answers.submitOnce(asked, key, tenant);
-    return jobMessage(await this.#find(id, tenant));
+    const { estimate } = await (key === null
+      ? answers.submit(asked, id, tenant)
+      : answers.submitOnce(asked, key, tenant));
+    const job = jobMessage(await this.#find(id, tenant));
+    if (estimate === null) return job;
+    return {
+      ...job,
+      expectedStartMs: Math.round(estimate.startMs),
+      expectedEndMs: Math.round(estimate.endMs),
+    };
   }
 
   async *#stream(

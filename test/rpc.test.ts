@@ -114,6 +114,26 @@ void test('a text, tokens and a chat are answered as over HTTP', async () => {
   }
 });
 
+void test('a job is told when it will start and end, once engines were measured', async (context) => {
+  const reckoning = await startGateway();
+  const other = new JobsClient(`127.0.0.1:${reckoning.grpcPort}`, credentials.createInsecure());
+  context.after(async () => {
+    other.close();
+    await reckoning.stop();
+  });
+  const { name: model } = reckoning.card;
+  const pace = { stepMs: 10, rowMs: 1, recentStepMs: 12 };
+  await reckoning.store.beat({ model, engineId: 'e', active: 0, slots: 4, tp: 1, pace });
+  const beforeMs = Date.now();
+  const job = await answered<Job>((reply) =>
+    other.submit({ stop: [], ...text('A fox'), maxTokens: 20 }, reply),
+  );
+  assert.ok(job.expectedStartMs! >= beforeMs);
+  assert.ok(job.expectedEndMs! > job.expectedStartMs!);
+  const later = await answered<Job>((reply) => other.get({ jobId: job.id }, reply));
+  assert.equal(later.expectedEndMs, undefined);
+});
+
 void test('a stream of several sequences goes on at an offset of each', async () => {
   const { id, sequenceCount } = await submit({
     ...{ ...text('The llama'), n: 2, temperature: 1, seed: 5, maxTokens: 30, ignoreEos: true },

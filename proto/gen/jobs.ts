@@ -124,6 +124,12 @@ export interface Job {
     | undefined;
   /** Sequences of the job: prompts, as often as answers to them are wanted. */
   sequenceCount: number;
+  /** When it will probably start, in Unix milliseconds. Submit alone tells it, once engines were measured. */
+  expectedStartMs?:
+    | number
+    | undefined;
+  /** When it will probably end, as `expected_start_ms`. */
+  expectedEndMs?: number | undefined;
 }
 
 export interface Usage {
@@ -630,6 +636,8 @@ function createBaseJob(): Job {
     usage: undefined,
     failure: undefined,
     sequenceCount: 0,
+    expectedStartMs: undefined,
+    expectedEndMs: undefined,
   };
 }
 
@@ -664,6 +672,12 @@ export const Job: MessageFns<Job> = {
     }
     if (message.sequenceCount !== 0) {
       writer.uint32(80).uint32(message.sequenceCount);
+    }
+    if (message.expectedStartMs !== undefined) {
+      writer.uint32(88).int64(message.expectedStartMs);
+    }
+    if (message.expectedEndMs !== undefined) {
+      writer.uint32(96).int64(message.expectedEndMs);
     }
     return writer;
   },
@@ -759,6 +773,22 @@ export const Job: MessageFns<Job> = {
             }
 
             message.sequenceCount = reader.uint32();
+            continue;
+          }
+          case 11: {
+            if (tag !== 88) {
+              break;
+            }
+
+            message.expectedStartMs = longToNumber(reader.int64());
+            continue;
+          }
+          case 12: {
+            if (tag !== 96) {
+              break;
+            }
+
+            message.expectedEndMs = longToNumber(reader.int64());
             continue;
           }
         }
