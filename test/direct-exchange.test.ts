@@ -43,14 +43,17 @@ const limits = { maxSeqLen: 192, maxBatchSize: 2, maxStepRows: 64 };
 async function withGroup<T>(
   processes: readonly RankProcess[],
   device: DeviceKind,
-  own: { weights: Config['weights']; transport: Config['transport'] },
+  {
+    stepTimeoutMs,
+    ...own
+  }: { weights: Config['weights']; transport: Config['transport']; stepTimeoutMs?: number },
   use: (ranks: Ranks) => Promise<T>,
 ): Promise<T> {
   const terms = { ...limits, ...own, device, exact: false };
   const { spec } = planGroup(checkpoint, processes.length, terms);
   const ranks = await Ranks.connect(
     processes.map(({ address }) => address),
-    spec,
+    stepTimeoutMs === undefined ? spec : { ...spec, stepTimeoutMs },
   );
   try {
     return await use(ranks);
@@ -82,6 +85,13 @@ const blocksOf = ({ child }: RankProcess): string[] => [
       .flatMap((line) => /direct-\d+-\d+/.exec(line)?.[0] ?? []),
   ),
 ];
+
+/** What a killed process has left has a name. */
+function removeBlocksOf({ child }: RankProcess): void {
+  for (const file of fs.readdirSync('/dev/shm')) {
+    if (file.startsWith(`direct-${child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
+  }
+}
 
 void test('the golden text, and no partial is copied', async () => {
   const processes = await Promise.all([start('webgpu'), start('webgpu')]);
@@ -182,10 +192,7 @@ void test("a peer that is killed ends the group; its memory is let go, and the n
     assert.ok(blocksOf(survivor).every((name) => !name.includes(`-${victim.child.pid!}-`)));
     assert.equal(blocksOf(survivor).length, 2);
   });
-  // What a killed process has left has a name.
-  for (const file of fs.readdirSync('/dev/shm')) {
-    if (file.startsWith(`direct-${victim.child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
-  }
+  removeBlocksOf(victim);
 });
 
 /** Partials that each rank's stream has shown by itself. */
@@ -253,7 +260,24 @@ void test('a stream that waits for a killed peer is let go, and the rank serves 
   const next = [survivor, await start('cuda')];
   const { ids } = await withGroup(next, 'cuda', own, (ranks) => generate(ranks, 3));
   assert.equal(ids.length, 3);
-  for (const file of fs.readdirSync('/dev/shm')) {
-    if (file.startsWith(`direct-${victim.child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
-  }
+  removeBlocksOf(victim);
+});
+
+void test('a stream that waits for a peer that hangs is let go at the deadline', async () => {
+  const processes = await Promise.all([start('cuda', 'stalls'), start('cuda')]);
+  const own = { weights: 'fp16', transport: 'direct' } as const;
+  const stepTimeoutMs = 2_000;
+  await withGroup(processes, 'cuda', { ...own, stepTimeoutMs }, async (ranks) => {
+    await generate(ranks, 6);
+    processes[1].child.kill('SIGSTOP');
+    await assert.rejects(
+      ranks.forward({ ...noStep, decodeSlots: [0], decodeTokens: [9], number: 8 }),
+      /rank 1 .*no answer to step/,
+    );
+  });
+  processes[1].child.kill('SIGKILL');
+  const next = [processes[0], await start('cuda')];
+  const { ids } = await withGroup(next, 'cuda', own, (ranks) => generate(ranks, 3));
+  assert.equal(ids.length, 3);
+  removeBlocksOf(processes[1]);
 });
