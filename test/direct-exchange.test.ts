@@ -17,6 +17,7 @@ import type { DeviceKind } from '../model/device-name.js';
 import { CaravanError } from '../proto/errors.js';
 import { SampledRows, type Step } from '../proto/gen/cluster.js';
 import { readTinyGolden } from './golden.js';
+import { SharedSegment } from '../worker/shared-memory.js';
 import type { DirectFault } from './host-memory-rank.js';
 
 interface RankProcess {
@@ -26,7 +27,14 @@ interface RankProcess {
 
 const started: RankProcess[] = [];
 after(() => {
-  for (const { child } of started) child.kill('SIGKILL');
+  for (const { child } of started) {
+    child.kill('SIGKILL');
+    // What a killed process has left has a name.
+    for (const file of fs.readdirSync('/dev/shm')) {
+      if (file.startsWith(`direct-${child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
+    }
+  }
+  SharedSegment.removeOrphans();
 });
 
 async function start(kind: DeviceKind, fault: DirectFault = 'none'): Promise<RankProcess> {
@@ -85,13 +93,6 @@ const blocksOf = ({ child }: RankProcess): string[] => [
       .flatMap((line) => /direct-\d+-\d+/.exec(line)?.[0] ?? []),
   ),
 ];
-
-/** What a killed process has left has a name. */
-function removeBlocksOf({ child }: RankProcess): void {
-  for (const file of fs.readdirSync('/dev/shm')) {
-    if (file.startsWith(`direct-${child.pid!}-`)) fs.rmSync(`/dev/shm/${file}`);
-  }
-}
 
 void test('the golden text, and no partial is copied', async () => {
   const processes = await Promise.all([start('webgpu'), start('webgpu')]);
@@ -192,7 +193,6 @@ void test("a peer that is killed ends the group; its memory is let go, and the n
     assert.ok(blocksOf(survivor).every((name) => !name.includes(`-${victim.child.pid!}-`)));
     assert.equal(blocksOf(survivor).length, 2);
   });
-  removeBlocksOf(victim);
 });
 
 /** Partials that each rank's stream has shown by itself. */
@@ -260,7 +260,6 @@ void test('a stream that waits for a killed peer is let go, and the rank serves 
   const next = [survivor, await start('cuda')];
   const { ids } = await withGroup(next, 'cuda', own, (ranks) => generate(ranks, 3));
   assert.equal(ids.length, 3);
-  removeBlocksOf(victim);
 });
 
 void test('a stream that waits for a peer that hangs is let go at the deadline', async () => {
@@ -279,5 +278,4 @@ void test('a stream that waits for a peer that hangs is let go at the deadline',
   const next = [processes[0], await start('cuda')];
   const { ids } = await withGroup(next, 'cuda', own, (ranks) => generate(ranks, 3));
   assert.equal(ids.length, 3);
-  removeBlocksOf(processes[1]);
 });

@@ -69,8 +69,10 @@ export class DirectNegotiation {
     return { handle: this.#offer?.handle ?? '', fault: this.#fault };
   }
 
-  /** @throws CaravanError `invalid_request` when it is demanded, and a peer has none: it will not wait for us. */
+  /** @throws CaravanError `invalid_request` when it is demanded, and one of us has none: then nobody waits for the other. */
   hear(peer: number, { handle, fault }: DirectWord): void {
+    // It has heard the same of us, and waits for nobody either.
+    if (this.#offer === null) this.#refuse(this.#fault);
     if (handle === '')
       this.#refuse(fault === '' ? `rank ${peer} offers none of its memory` : fault);
   }
