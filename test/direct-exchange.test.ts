@@ -265,7 +265,7 @@ void test('a stream that waits for a killed peer is let go, and the rank serves 
 void test('a stream that waits for a peer that hangs is let go at the deadline', async () => {
   const processes = await Promise.all([start('cuda', 'stalls'), start('cuda')]);
   const own = { weights: 'fp16', transport: 'direct' } as const;
-  const stepTimeoutMs = 2_000;
+  const stepTimeoutMs = 1_000;
   await withGroup(processes, 'cuda', { ...own, stepTimeoutMs }, async (ranks) => {
     await generate(ranks, 6);
     processes[1].child.kill('SIGSTOP');

@@ -127,7 +127,7 @@ const capturer: Capturer = {
 };
 
 const [kind, fault] = process.argv.slice(2) as [DeviceKind, DirectFault];
-const signals = new HostSignals(fault === 'stalls' ? 1_000 : 30_000);
+const signals = new HostSignals(fault === 'stalls' ? 300 : 30_000);
 const silent = { info: () => undefined, warn: () => undefined };
 const device = new BoundDevice(
   new Ort(1),
