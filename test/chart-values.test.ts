@@ -42,6 +42,7 @@ const contradictory: Refused = [
     /models: m: weights int4\+int8 .* cannot be exact/,
   ],
   [model({ device: 'cuda', kv: 'int8' }), /models: m: kv int8 is for cpu, and cannot be exact/],
+  [model({ device: 'cuda', transport: 'direct' }), /models: m: transport direct needs gpuDirect/],
   [model({ tp: 4, nodes: 2, transport: 'shm' }), /models: m: transport shm cannot reach other/],
   [model({ tp: 4, nodes: 2, workload: 'StatefulSet' }), /is a LeaderWorkerSet, not a StatefulSet/],
   [model({ source: { kind: 'claim' } }), /models: m: source\.claim\.name must name/],

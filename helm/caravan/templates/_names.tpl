@@ -98,6 +98,9 @@ imagePullPolicy: {{ .image.pullPolicy }}
 {{- if and $engine.exact (eq $engine.weights "int4+int8") }}
 {{- fail (printf "%s: weights int4+int8 chooses by the number of rows and cannot be exact" $where) }}
 {{- end }}
+{{- if and (eq $engine.transport "direct") (or (not $engine.gpuDirect) (gt (int $engine.nodes) 1)) }}
+{{- fail (printf "%s: transport direct needs gpuDirect, and one node" $where) }}
+{{- end }}
 {{- if and (gt (int $engine.nodes) 1) (eq $engine.transport "shm") }}
 {{- fail (printf "%s: transport shm cannot reach other nodes" $where) }}
 {{- end }}
