@@ -227,12 +227,12 @@ export class GraphBuilder {
       this.integers('quantized.batchAxis', [0]);
     }
     this.#refined.add(x);
-    // Scales are steps already; √inputs turns a norm into a root mean square.
+    // √inputs turns a norm into a root mean square. A row of zeros is none.
     const bound = Float32Array.of(LARGEST_STEP / Math.sqrt(inputs));
     const norms = [x, 'quantized.widthAxes'];
     this.node('ReduceL2', norms, [part('norms')], [int('keepdims', 0)]);
     this.node('Mul', [part('norms'), this.constant(part('bound'), bound, [])], [part('bounds')]);
-    this.node('Greater', [part('scales'), part('bounds')], [part('isOutlier')]);
+    this.node('Greater', [part('steps'), part('bounds')], [part('isOutlier')]);
     this.node('NonZero', [part('isOutlier')], [part('found')]);
     this.node('Squeeze', [part('found'), 'quantized.batchAxis'], [part('outliers')]);
     const outliersOf = (name: string, axis: number): string => {

@@ -27,7 +27,6 @@ const functions = {
   ],
   CreateSessionOptions: [10, 'void* F(_Out_ void** out)'],
   CloneSessionOptions: [12, 'void* F(void* options, _Out_ void** out)'],
-  DisableCpuMemArena: [19, 'void* F(void* options)'],
   SetSessionGraphOptimizationLevel: [23, 'void* F(void* options, int level)'],
   CreateTensorWithDataAsOrtValue: [
     49,
@@ -44,6 +43,12 @@ const functions = {
   ],
   DisablePerSessionThreads: [120, 'void* F(void* options)'],
   ReleaseSessionOptions: [100, 'void F(void* options)'],
+  CreateAndRegisterAllocator: [144, 'void* F(void* env, void* memory, void* arena)'],
+  CreateArenaCfg: [
+    156,
+    'void* F(size_t most, int strategy, int firstBytes, int deadBytes, _Out_ void** out)',
+  ],
+  ReleaseArenaCfg: [157, 'void F(void* arena)'],
   AddExternalInitializers: [210, 'void* F(void* options, void* names, void* values, size_t count)'],
   CreateThreadingOptions: [121, 'void* F(_Out_ void** out)'],
   SetGlobalIntraOpNumThreads: [147, 'void* F(void* threading, int count)'],

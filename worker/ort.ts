@@ -146,6 +146,23 @@ export class Ort {
     api.check(api.native.SetSessionGraphOptimizationLevel(this.options, allOptimizations));
     api.check(api.native.AddSessionConfigEntry(this.options, 'session.set_denormal_as_zero', '1'));
     this.hostMemory = api.create('CreateCpuMemoryInfo', 1, 0);
+    this.#shareActivations();
+  }
+
+  /**
+   * One arena for what all sessions in host memory compute between their inputs and outputs: they run one after the
+   * other, and with arenas of their own a rank would hold the activations of its largest step once for every session.
+   * Weights, which the runtime packs while sessions are made, stay outside of it.
+   */
+  #shareActivations(): void {
+    const { native } = this.api;
+    const [noLimit, asRequested, standard] = [0, 1, -1];
+    const arena = this.api.create('CreateArenaCfg', noLimit, asRequested, standard, standard);
+    try {
+      this.api.check(native.CreateAndRegisterAllocator(this.env, this.hostMemory, arena));
+    } finally {
+      native.ReleaseArenaCfg(arena);
+    }
   }
 
   /**
@@ -154,6 +171,9 @@ export class Ort {
    */
   createSession({ model, inputs, outputs, weights }: Graph): Session {
     const options = this.api.create('CloneSessionOptions', this.options);
+    for (const key of ['use_env_allocators', 'use_device_allocator_for_initializers']) {
+      this.api.check(this.api.native.AddSessionConfigEntry(options, `session.${key}`, '1'));
+    }
     const tensors = weights.map(({ array, shape }) => this.tensor(array, shape));
     try {
       if (weights.length > 0) {
