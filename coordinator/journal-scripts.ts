@@ -19,7 +19,7 @@
  *
  *   progressed   fence of the last take that wrote something; the first write clears suspicion, alone and step
  *   run          the run of Redis at the last take
- *   suspicion    deaths, up to 2; a job that has 2 runs alone, and only a death then makes it 3: the end
+ *   suspicion    deaths; a job that has 2 runs alone, and only deaths then make it 3 and 4: the end
  *   alone, step  fence of the take that began to run alone, and the last step that it began
  */
 import type { JobTerms, Request } from './request.js';
@@ -37,6 +37,11 @@ export const WEBHOOK_CHANNEL = 'caravan:webhook';
 const SHORT_ENTRIES = 64;
 /** Deaths after which a job runs alone. */
 export const ALONE_FROM = 2;
+/**
+ * Deaths after which a job is dead: two while it ran alone. One alone may be chance, where engines die of other things and
+ * a long replay writes nothing.
+ */
+export const DEAD_FROM = ALONE_FROM + 2;
 
 /** Locals stored, died: counts a death that the job is suspected of. @returns the suspicion. */
 const suspect = `

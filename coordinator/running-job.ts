@@ -14,7 +14,7 @@ import {
   sequencesPerPrompt,
 } from './job-sequences.js';
 import type { Journal, Take } from './journal.js';
-import { ALONE_FROM } from './journal-scripts.js';
+import { ALONE_FROM, DEAD_FROM } from './journal-scripts.js';
 import { JournalWriter } from './journal-writer.js';
 import { urgencyOf } from './order.js';
 import type { TakenJob } from './taken-job.js';
@@ -132,7 +132,7 @@ export class RunningJob {
       this.cancel();
       return;
     }
-    if (suspicion > ALONE_FROM) {
+    if (suspicion >= DEAD_FROM) {
       this.#endAsPoison();
       return;
     }
@@ -294,12 +294,12 @@ export class RunningJob {
     else this.#decide({ status: 'failed', code: error.code, message: error.message });
   }
 
-  /** It ended the engine that ran it alone. */
+  /** It ended the engines that ran it alone. */
   #endAsPoison(): void {
     const { id, suspicion, lastStep, sequences } = this.#take;
     const step = lastStep === '' ? 'before its first step' : `in the ${lastStep}`;
     const message =
-      `${suspicion} engines died of it, the last one while it ran alone, ${step}, ` +
+      `${suspicion} engines died of it, the last two while it ran alone, ${step}, ` +
       `after ${sequences.map(({ tokenIds }) => tokenIds.length).join(', ')} tokens`;
     this.#log.warn({ job: id }, `the job is dead: ${message}`);
     // On the list first: whoever finds it there finds its ending too, soon.

@@ -53,7 +53,7 @@ export const errorTable = {
   checksum_mismatch: rule(502, 15, true, 'a downloaded file is not what its source says it is'),
   disk_full: rule(507, 8, false, 'the disk has too little room'),
   timeout: rule(504, 4, true, 'the deadline of a call passed'),
-  poisonous: rule(500, 13, false, 'the job ended every engine that ran it, the last one alone'),
+  poisonous: rule(500, 13, false, 'the job ended every engine that ran it, two of them alone'),
   stale_take: rule(409, 10, false, 'another engine has taken the job since'),
   cancelled: rule(499, 1, false, 'the client withdrew the request'),
   expired: rule(408, 4, false, 'the deadline of the job passed'),
