@@ -18,7 +18,7 @@ const isLong = process.env['CARAVAN_LONG'] === '1';
 const SEED = Number(process.env['CHAOS_SEED'] ?? 1);
 const JOBS = Number(process.env['CHAOS_JOBS'] ?? (isLong ? 100 : 24));
 const KILLS_OF_A_KIND = Number(process.env['CHAOS_KILLS'] ?? (isLong ? 6 : 2));
-const TOKENS = isLong ? 160 : 90;
+const TOKENS = isLong ? 160 : 180;
 const TP = isLong ? 2 : 1;
 const CLIENTS = isLong ? 40 : 20;
 /** Jobs that are to be in the middle when something is killed, and how long that is waited for. */
