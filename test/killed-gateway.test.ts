@@ -23,7 +23,8 @@ const KILLS = isLong ? 3 : 1;
 const TOKENS = isLong ? 1 : 80;
 /** Every so many lines, one that is refused. */
 const BAD_EVERY = 97;
-const TIMEOUT_MS = 540_000;
+/** Far more than it takes, about 300 s on two quiet cores: a guard against a hang, no measure. */
+const TIMEOUT_MS = 1_800_000;
 /** What a gateway may have for its objects, whatever the file has; it dies of more. */
 const HEAP_MEGABYTES = 96;
 /** With that: Node's own code, and the buffers of what is being read and written. */
