@@ -12,8 +12,8 @@ const [outputs, inputs] = [48, 256];
 const random = new Random(3);
 const weights = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.5);
 const ort = new Ort(1);
-const kernels = new KernelProbe(ort);
 const quantizer = new Quantizer(ort);
+const kernels = new KernelProbe(ort, quantizer);
 
 /** (rows, outputs) of rows · weightsᵀ. */
 function multiply(rows: readonly (readonly number[])[], activations: Activations): number[] {

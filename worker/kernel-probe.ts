@@ -6,7 +6,7 @@ import { GraphBuilder, type ByteLevels, type Graph } from './graph-builder.js';
 import { arraysOf, emptyLinear, type Linear } from './linear.js';
 import { allocateBytes } from './memory.js';
 import { elementType, type Ort, type TensorArray } from './ort.js';
-import { Quantizer } from './quantizer.js';
+import type { Quantizer } from './quantizer.js';
 
 const { uint8, int32, float32 } = elementType;
 
@@ -18,11 +18,13 @@ const [BYTE_INPUTS, BYTE_OUTPUTS] = [64, 32];
 
 export class KernelProbe {
   readonly #ort: Ort;
+  readonly #quantizer: Quantizer;
   readonly #packed = new Map<string, boolean>();
   #byteLevels: ByteLevels | null = null;
 
-  constructor(ort: Ort) {
+  constructor(ort: Ort, quantizer: Quantizer) {
     this.#ort = ort;
+    this.#quantizer = quantizer;
   }
 
   /**
@@ -74,9 +76,7 @@ export class KernelProbe {
     const form =
       like.kind === 'int4' ? { kind: like.kind, block: like.block } : { kind: like.kind };
     const matrix = emptyLinear(form, outputs, inputs, { take: allocateBytes });
-    const quantizer = new Quantizer(this.#ort);
-    quantizer.write(matrix, wave(outputs * inputs), 0, outputs);
-    quantizer.release();
+    this.#quantizer.write(matrix, wave(outputs * inputs), 0, outputs);
     const graph = new GraphBuilder();
     graph.input('x', float32, [1, 'rows', inputs]);
     graph.linear('x', matrix, 'y');

@@ -203,7 +203,7 @@ export class SharedSegment {
 
   /** Shows the `sequence`-th partial (from 1, wrapping at 2^31), which the owner has written. */
   publish(sequence: number, turn: 0 | 1, count: number): void {
-    this.#header[1 + turn] = count;
+    this.announce(turn, count);
     Atomics.store(this.#header, 0, sequence | 0);
     libC().futex(libC().futexNumber, this.#address, FUTEX_WAKE, EVERYBODY, null, null, 0);
   }

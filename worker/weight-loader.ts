@@ -58,8 +58,8 @@ export class WeightLoader {
     this.#headSize = checkpoint.config.headSize;
     this.#onProgress = onProgress;
     this.#signal = signal;
-    this.kernels = new KernelProbe(ort);
     this.#quantizer = new Quantizer(ort);
+    this.kernels = new KernelProbe(ort, this.#quantizer);
   }
 
   /** Of the checkpoint. */
