@@ -31,6 +31,10 @@ function libC(): LibC {
   return loaded;
 }
 
+/** madvise(2). @returns whether the system took it. */
+export const advise = (address: bigint, byteCount: number, advice: number): boolean =>
+  libC().madvise(address, byteCount, advice) === 0;
+
 /** Whether files can be mapped here: the C library and its numbers are those of Linux with glibc. */
 export const canMapFiles = (): boolean =>
   process.platform === 'linux' && ['x64', 'arm64'].includes(process.arch);

@@ -32,6 +32,7 @@ import type { Device, LoadedShard } from './device.js';
 import { checkLoad, Group } from './group.js';
 import type { Progress } from './health-port.js';
 import { Lobby, type PeerCall } from './lobby.js';
+import { gatherHugePages } from './huge-pages.js';
 import { collectGarbage, holdLargeBlocks } from './ort-memory.js';
 import { partialsMethod } from './partial-codec.js';
 import { peerChannelOptions } from './peers.js';
@@ -253,6 +254,12 @@ export class RankServer {
     this.#kept = { key, shard };
     collectGarbage();
     holdLargeBlocks('running');
+    if (this.#device.kind === 'cpu') {
+      const startMs = performance.now();
+      const hugeBytes = await gatherHugePages();
+      const ms = Math.round(performance.now() - startMs);
+      this.#log.info({ hugeBytes, ms }, 'weights in huge pages');
+    }
     return { shard, bytesRead: shard.bytesRead, cacheFault: shard.cacheFault };
   }
 }
