@@ -5,13 +5,13 @@
 import fs from 'node:fs';
 import { openCheckpoint, rankBytes } from '../model/checkpoint.js';
 import { planRanks, slicesOf } from '../model/plan.js';
-import { weightBytes, weightForms, type WeightsMode } from '../model/weights.js';
+import { weightForms, type WeightsMode } from '../model/weights.js';
 import { Ort } from '../worker/ort.js';
 import { holdLargeBlocks } from '../worker/ort-memory.js';
 import { loadShard } from '../worker/shard-loading.js';
 
 export interface LoneRank {
-  /** Final weights, as arithmetic says. */
+  /** Final weights, as arithmetic says of the forms that were settled on. */
   readonly weightBytes: number;
   /** What the rank must read: headers and slices. */
   readonly shareBytes: number;
@@ -42,7 +42,7 @@ const origin = { checkpoint, plan, mode, forms };
 const never = new AbortController().signal;
 const { shard } = await loadShard(ort, origin, undefined, () => undefined, never);
 const found: LoneRank = {
-  weightBytes: weightBytes(config, plan, forms),
+  weightBytes: shard.weightBytes,
   shareBytes: rankBytes(checkpoint, slicesOf(config, plan)),
   peakBytes: figure('status', 'VmHWM') - before.rss,
   requestedBytes: figure('io', 'rchar') - before.rchar,

@@ -75,6 +75,7 @@ for (const form of forms) {
     // Half a step. With 4 bits a step is an eighth of the largest, and zero may lie half a step off, or the weight
     // opposite to the largest be cut off by a whole one.
     const steps = { fp32: 0, fp16: 0, int8: 0.5 / 127, int4: 1 / 7.5 }[form.kind];
+    let [lost, size] = [0, 0];
     for (let output = 0; output < outputs; output += 1) {
       for (let input = 0; input < inputs; input += 1) {
         const start = output * inputs + Math.floor(input / block) * block;
@@ -83,8 +84,14 @@ for (const form of forms) {
           .reduce((m, x) => Math.max(m, Math.abs(x)), 0);
         const error = Math.abs(valueOf(matrix, output, input) - rows[output * inputs + input]!);
         assert.ok(error <= steps * largest * 1.0001, `${output}, ${input}: off by ${error}`);
+        lost += error ** 2;
+        size += rows[output * inputs + input]! ** 2;
       }
     }
+    if (form.kind !== 'int4') return;
+    const [told, seen] = [quantizer.errorOf(rows, block), Math.sqrt(lost / size)];
+    assert.ok(told > 0.03 && Math.abs(told / seen - 1) < 1e-5, `${told} told, ${seen} seen`);
+    assert.equal(quantizer.errorOf(new Float32Array(4 * block), block), 0);
   });
 }
 
@@ -151,13 +158,15 @@ void test('a rank that holds some columns holds the same 4-bit weights as one th
   const [outputs, inputs] = [6, 768];
   const rows = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.5);
   const take = (n: number) => new ArrayBuffer(n);
-  const whole = emptyLinear({ kind: 'int4', block: 128 }, outputs, inputs, { take });
+  const block = 128;
+  const whole = emptyLinear({ kind: 'int4', block }, outputs, inputs, { take });
   quantizer.write(whole, rows, 0, outputs);
   for (const tp of [2, 3]) {
-    const shape = { ...config, ffnSize: inputs };
-    const { ffnGrid, variants } = weightForms(shape, tp, 'int4', false);
+    const shape = { ...config, hiddenSize: 2048, ffnSize: inputs };
+    const { ffnGrid } = weightForms(shape, tp, 'int4', false);
+    assert.equal(ffnGrid, block);
     for (const { ffn } of planRanks(shape, tp, ffnGrid)) {
-      const part = emptyLinear(variants[0]!.down, outputs, ffn.count, { take });
+      const part = emptyLinear({ kind: 'int4', block }, outputs, ffn.count, { take });
       for (let output = 0; output < outputs; output += 1) {
         const from = output * inputs + ffn.start;
         quantizer.write(part, rows.subarray(from, from + ffn.count), output, 1);
@@ -206,6 +215,18 @@ void test('quantized logits stay near those of float32, and near each other at e
   }
 });
 
+const wide = { ...config, hiddenSize: 2048, headCount: 64, kvHeadCount: 8, headSize: 128 };
+
+void test('narrow models take blocks of 32, wide ones have the choice of larger ones', () => {
+  const [narrow] = weightForms({ ...wide, hiddenSize: 1920 }, 2, 'int4', false).variants;
+  assert.deepEqual(narrow!.qkv, { kind: 'int4', block: 32 });
+  const [first] = weightForms({ ...wide, headSize: 64 }, 2, 'int4', false).variants;
+  assert.deepEqual(first!.qkv, { kind: 'int4', block: 32, coarser: [128, 64] });
+  assert.deepEqual(first!.o, { kind: 'int4', block: 32, coarser: [64] });
+  const [exact] = weightForms(wide, 2, 'int4', true).variants;
+  assert.deepEqual(exact!.down, { kind: 'int4', block: 16 });
+});
+
 void test('ranks are cut on the grid of blocks, as evenly as it allows', () => {
   for (const [ffnSize, tp, grid] of [
     [5632, 2, 128],
@@ -216,7 +237,7 @@ void test('ranks are cut on the grid of blocks, as evenly as it allows', () => {
     [5504, 8, 64],
     [172, 2, 1],
   ] as const) {
-    const shape = { ...config, ffnSize, headCount: 64, kvHeadCount: 8, headSize: 128 };
+    const shape = { ...wide, ffnSize };
     const chosen = weightForms(shape, tp, 'int4', false);
     assert.equal(chosen.ffnGrid, grid, `${ffnSize} on ${tp}`);
     const plans = planRanks(shape, tp, chosen.ffnGrid);

@@ -23,7 +23,8 @@ const BYTES_BELOW = 240;
 export class Quantizer {
   readonly #ort: Ort;
   #int8: Session | null = null;
-  readonly #int4 = new Map<number, Session>();
+  /** By what they compute and the block. */
+  readonly #int4 = new Map<string, Session>();
   /** What runs write, to be used again. */
   readonly #scratch = new Map<string, TensorArray>();
 
@@ -43,6 +44,28 @@ export class Quantizer {
       case 'int4':
         this.#writeInt4(matrix, rows, first, count);
     }
+  }
+
+  /**
+   * What rounding these rows to 4 bits in blocks changes (root mean square), as part of what they are (root mean
+   * square); 0 for zeros.
+   *
+   * @param rows (any number, inputs) of a multiple of `block`.
+   */
+  errorOf(rows: Float32Array, block: number): number {
+    const session = this.#int4Session(block, 'errors');
+    const errors = this.#array('errors', INT4_WEIGHTS / block, Float32Array);
+    let sum = 0;
+    for (let done = 0; done < rows.length; done += INT4_WEIGHTS) {
+      const own = rows.subarray(done, done + INT4_WEIGHTS);
+      const blocks = own.length / block;
+      const found = errors.subarray(0, blocks);
+      this.#run(session, [own, [blocks, block]], [found, [blocks]]);
+      for (const error of found) sum += error;
+    }
+    let size = 0;
+    for (let i = 0; i < rows.length; i += 1) size += rows[i]! * rows[i]!;
+    return size === 0 ? 0 : Math.sqrt(sum / size);
   }
 
   release(): void {
@@ -76,11 +99,7 @@ export class Quantizer {
   #writeInt4(matrix: Int4Linear, rows: Float32Array, first: number, count: number): void {
     const { inputs, block } = matrix;
     const blocks = inputs / block;
-    let session = this.#int4.get(block);
-    if (session === undefined) {
-      session = this.#ort.createSession(int4Graph(block));
-      this.#int4.set(block, session);
-    }
+    const session = this.#int4Session(block, 'weights');
     const most = Math.max(1, Math.floor(INT4_WEIGHTS / inputs));
     const scratch = this.#array('bytes', most * inputs, Uint8Array);
     const zeroScratch = this.#array('zeros', most * blocks, Uint8Array);
@@ -101,6 +120,16 @@ export class Quantizer {
     }
   }
 
+  #int4Session(block: number, wanted: Wanted): Session {
+    const key = `${wanted} ${block}`;
+    let session = this.#int4.get(key);
+    if (session === undefined) {
+      session = this.#ort.createSession(int4Graph(block, wanted));
+      this.#int4.set(key, session);
+    }
+    return session;
+  }
+
   /** Computes into the arrays of all but the first. */
   #run(
     session: Session,
@@ -114,7 +143,7 @@ export class Quantizer {
     }
   }
 
-  #array<T extends Int8Array | Uint8Array>(
+  #array<T extends Int8Array | Uint8Array | Float32Array>(
     name: string,
     length: number,
     Kind: new (length: number) => T,
@@ -150,13 +179,16 @@ function int8Graph(): Graph {
   return graph.finish();
 }
 
+type Wanted = 'weights' | 'errors';
+
 /**
- * Input x (blocks, block); outputs values (blocks, block), of which the lower 4 bits count, scales and zeros (blocks).
+ * Input x (blocks, block); outputs values (blocks, block), of which the lower 4 bits count, scales and zeros (blocks); or
+ * else the sum of the squared errors of each block.
  *
  * Of each block either the weight that is largest in size becomes 0 (−8 steps from a zero of 8), or the smallest becomes
  * 0 and the largest 15: whichever comes nearer. What was 4 bits in such blocks before stays what it was.
  */
-function int4Graph(block: number): Graph {
+function int4Graph(block: number, wanted: Wanted): Graph {
   const graph = new GraphBuilder();
   const float = (name: string, value: number) => graph.constant(name, Float32Array.of(value), []);
   graph.input('x', float32, ['blocks', block]);
@@ -193,6 +225,11 @@ function int4Graph(block: number): Graph {
     graph.node('DequantizeLinear', [`${name}.bytes`, ...grid], [`${name}.held`], [int('axis', 0)]);
     graph.node('Sub', ['x', `${name}.held`], [`${name}.errors`]);
     graph.node('ReduceSumSquare', [`${name}.errors`, 'widthAxis'], [`${name}.error`], reduce);
+  }
+  if (wanted === 'errors') {
+    graph.node('Min', ['centred.error', 'spread.error'], ['errors']);
+    graph.output('errors', float32, ['blocks']);
+    return graph.finish();
   }
   graph.node('LessOrEqual', ['centred.error', 'spread.error'], ['isCentred']);
   graph.node('Unsqueeze', ['isCentred', 'widthAxis'], ['isCentred.column']);

@@ -3,7 +3,7 @@
  */
 import type { LlamaConfig } from '../model/config.js';
 import { slicesOf, type LayerSlices, type Range, type RankPlan } from '../model/plan.js';
-import { formBytes, weightBytes, type WeightForms } from '../model/weights.js';
+import { formBytes, weightBytes, type FormVariant, type WeightForms } from '../model/weights.js';
 import { Embedding } from './embedding.js';
 import {
   attentionGraph,
@@ -87,8 +87,11 @@ export class Shard {
       const isTied = slices.head === slices.embedding;
       if (!isTied) await loader.fill([slices.embedding], embedding);
       const layers: LayerSessions[][] = [];
+      const settled: (readonly FormVariant[])[] = [];
       for (const layer of slices.layers) {
-        layers.push(await loadLayer(shape, layer, forms, loader, open, segmentBytes));
+        const variants = await loader.settle(forms.variants, layer);
+        settled.push(variants);
+        layers.push(await loadLayer(shape, layer, variants, loader, open, segmentBytes));
       }
       const headBytes = formBytes(forms.head, vocab.count, config.hiddenSize);
       const heads: Session[] = [];
@@ -110,7 +113,7 @@ export class Shard {
         layers,
         attention: open(attentionGraph(shape)),
         head: head!.followedBy(moreHeads),
-        weightBytes: weightBytes(config, plan, forms),
+        weightBytes: weightBytes(config, plan, forms, settled),
         bytesRead: loader.bytesRead,
         memory,
       });
@@ -170,7 +173,7 @@ export function partsOf(range: Range, count: number, grid: number): Range[] {
 async function loadLayer(
   shape: GraphShape,
   slices: LayerSlices,
-  { variants }: WeightForms,
+  variants: readonly FormVariant[],
   loader: WeightLoader,
   open: Open,
   segmentBytes: number,

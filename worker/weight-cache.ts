@@ -18,6 +18,7 @@ import {
   touchCached,
 } from '../model/weight-cache-folder.js';
 import {
+  BLOCK_RULE,
   weightBytes,
   type WeightForm,
   type WeightForms,
@@ -38,7 +39,7 @@ import {
 } from './weight-file.js';
 
 /** Raised when files of before would be misread, or hold what nobody computes any more. */
-const FORMAT_VERSION = 2;
+const FORMAT_VERSION = 3;
 /** Of a file system that is nearly full nothing is taken: databases need it more. */
 const LEAST_FREE_SHARE = 0.05;
 
@@ -72,9 +73,9 @@ export class WeightCache {
     this.#owner = { digest, rank };
     this.#maxBytes = terms.maxBytes;
     const held = weightBytes(checkpoint.config, plan, forms);
-    // A layer has two norms and four matrices, of at most three arrays each; large ones come in parts.
+    // A layer has two norms, its blocks, and four matrices of at most three arrays each; large ones come in parts.
     const parts = checkpoint.config.layerCount + held / SMALLEST_PART_BYTES;
-    this.#byteCount = weightFileBytes(held, forms.variants.length * 14 * Math.ceil(parts));
+    this.#byteCount = weightFileBytes(held, forms.variants.length * 15 * Math.ceil(parts));
   }
 
   /** @returns null where weights are not kept: by the terms, by the system, or because nothing would be gained. */
@@ -205,7 +206,8 @@ export class WeightRecorder {
 function groupDigest(ort: Ort, { checkpoint, plan, mode, forms }: WeightsOrigin): string {
   const { digest, localStamp, config } = checkpoint;
   const plans = planRanks(config, plan.tp, forms.ffnGrid);
-  const parts = [FORMAT_VERSION, digest, localStamp, mode, forms, plans, fingerprint(ort, forms)];
+  const rules = [FORMAT_VERSION, BLOCK_RULE, fingerprint(ort, forms)];
+  const parts = [...rules, digest, localStamp, mode, forms, plans];
   return createHash('sha256').update(JSON.stringify(parts)).digest('hex').slice(0, 32);
 }
 
@@ -226,7 +228,9 @@ function fingerprint(ort: Ort, forms: WeightForms): string {
     for (const array of taken) hash.update(new Uint8Array(array));
   };
   const quantizer = new Quantizer(ort);
-  const used: WeightForm[] = forms.variants.flatMap((v) => [v.qkv, v.o, v.gateUp, v.down]);
+  const used = forms.variants
+    .flatMap((v) => [v.qkv, v.o, v.gateUp, v.down])
+    .flatMap((form): WeightForm[] => [form, ...coarserForms(form)]);
   for (const form of [...used, forms.head]) {
     add((source) => {
       const matrix = emptyLinear(form, outputs, inputs, source);
@@ -241,6 +245,10 @@ function fingerprint(ort: Ort, forms: WeightForms): string {
   add((source) => new Embedding(forms.embedding, outputs, inputs, source));
   return hash.digest('hex');
 }
+
+/** A form in each of the larger blocks that it may come to. */
+const coarserForms = (form: WeightForm): WeightForm[] =>
+  form.kind === 'int4' ? (form.coarser ?? []).map((block) => ({ kind: 'int4', block })) : [];
 
 /** Notes what is taken, in order. */
 export const recording = (arrays: ArraySource, taken: ArrayBuffer[]): ArraySource => ({

@@ -3,10 +3,11 @@
  * final weights, only the matrices of one segment are in memory.
  */
 import type { Checkpoint } from '../model/checkpoint.js';
-import type { TensorSlice } from '../model/plan.js';
+import type { LayerSlices, TensorSlice } from '../model/plan.js';
 import { SliceReader } from '../model/slice-reader.js';
-import type { WeightForm } from '../model/weights.js';
+import type { FormVariant, WeightForm } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
+import { chooseBlock, openChoices, withBlocks } from './block-choice.js';
 import type { Graph } from './graph-builder.js';
 import { KernelProbe } from './kernel-probe.js';
 import { arraysOf, emptyLinear, type ArraySource, type Linear } from './linear.js';
@@ -34,6 +35,8 @@ export type WeightSource =
 export class WeightLoader {
   readonly kernels: KernelProbe;
   readonly #reader: SliceReader;
+  /** Of rows by which blocks are chosen, most of which other ranks hold: they do not count. */
+  readonly #sampler: SliceReader;
   readonly #source: WeightSource;
   readonly #headSize: number;
   readonly #onProgress: (bytesDone: number) => void;
@@ -55,6 +58,7 @@ export class WeightLoader {
     this.#ort = ort;
     this.#source = source;
     this.#reader = new SliceReader(checkpoint);
+    this.#sampler = new SliceReader(checkpoint);
     this.#headSize = checkpoint.config.headSize;
     this.#onProgress = onProgress;
     this.#signal = signal;
@@ -62,13 +66,14 @@ export class WeightLoader {
     this.kernels = new KernelProbe(ort, this.#quantizer);
   }
 
-  /** Of the checkpoint. */
+  /** Of the checkpoint's slices. */
   get bytesRead(): number {
     return this.#reader.bytesRead;
   }
 
   close(): void {
     this.#reader.close();
+    this.#sampler.close();
     this.#quantizer.release();
     this.#pool.release();
   }
@@ -85,6 +90,31 @@ export class WeightLoader {
       return { values, read: () => this.#reader.read(slice, values, 0) };
     });
     return values;
+  }
+
+  /**
+   * The forms of a layer with the block of each of its matrices, where there is a choice: the cache knows what came of it.
+   *
+   * @throws as `rows`.
+   */
+  async settle(
+    variants: readonly FormVariant[],
+    layer: LayerSlices,
+  ): Promise<readonly FormVariant[]> {
+    const choices = openChoices(variants);
+    if (choices.length === 0) return variants;
+    const name = `${layer.q.tensor} blocks`;
+    const { blocks } = await this.#build(name, { take: allocateBytes }, (arrays) => {
+      const blocks = new Int32Array(arrays.take(4 * choices.length));
+      const read = async (): Promise<void> => {
+        for (const [i, choice] of choices.entries()) {
+          const sample: SliceReader['read'] = (...args) => this.#sampler.read(...args);
+          blocks[i] = await chooseBlock(choice, layer, sample, this.#quantizer);
+        }
+      };
+      return { blocks, read };
+    });
+    return withBlocks(variants, choices, blocks);
   }
 
   /** One matrix of the rows of all parts, in each of the forms. */

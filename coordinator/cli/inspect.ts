@@ -106,7 +106,7 @@ function describeRank(
     kvHeads: plan.kvHeads,
     ffn: plan.ffn,
     vocab: plan.vocab,
-    /** What the rank reads of the checkpoint: headers and slices. */
+    /** What the rank reads of the checkpoint: headers and slices. Samples by which it chooses blocks come to it. */
     readBytes: rankBytes(checkpoint, slices),
     weightBytes,
     kvBytes,
