@@ -15,6 +15,7 @@ interface LibC {
   readonly mmap: (...args: unknown[]) => bigint;
   readonly munmap: (address: bigint, byteCount: number) => number;
   readonly madvise: (address: bigint, byteCount: number, advice: number) => number;
+  readonly mincore: (address: bigint, byteCount: number, pages: Uint8Array) => number;
 }
 
 let loaded: LibC | null = null;
@@ -27,6 +28,7 @@ function libC(): LibC {
     mmap: library.func('void* mmap(void*, size_t, int, int, int, long)') as LibC['mmap'],
     munmap: library.func('int munmap(void*, size_t)') as LibC['munmap'],
     madvise: library.func('int madvise(void*, size_t, int)') as LibC['madvise'],
+    mincore: library.func('int mincore(void*, size_t, void*)') as LibC['mincore'],
   };
   return loaded;
 }
@@ -34,6 +36,13 @@ function libC(): LibC {
 /** madvise(2). @returns whether the system took it. */
 export const advise = (address: bigint, byteCount: number, advice: number): boolean =>
   libC().madvise(address, byteCount, advice) === 0;
+
+/** By page whether it is in memory, in the lowest bit: mincore(2). All zeros when the memory is gone meanwhile. */
+export function residentPages(address: bigint, byteCount: number): Uint8Array {
+  const pages = new Uint8Array(Math.ceil(byteCount / PAGE_BYTES));
+  if (libC().mincore(address, byteCount, pages) !== 0) pages.fill(0);
+  return pages;
+}
 
 /** Whether files can be mapped here: the C library and its numbers are those of Linux with glibc. */
 export const canMapFiles = (): boolean =>
