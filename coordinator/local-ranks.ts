@@ -8,10 +8,10 @@ import { linkVariables } from '../proto/link-security.js';
 import { workerEntry } from './package-root.js';
 
 /**
- * Flags of processes that take steps, ranks and coordinators: young garbage has 16 MB from the start, so that it is not collected during hundreds of
+ * Flags of processes that take steps, ranks and coordinators: young garbage has 32 MB from the start, so that it is not collected during hundreds of
  * steps; the runtime would begin with 1 MB.
  */
-export const stepExecArgv: readonly string[] = [...process.execArgv, '--min-semi-space-size=16'];
+export const stepExecArgv: readonly string[] = [...process.execArgv, '--min-semi-space-size=32'];
 
 const START_TIMEOUT_MS = 30_000;
 
