@@ -4,13 +4,13 @@
  */
 import assert from 'node:assert/strict';
 import { after, test } from 'node:test';
-import { Redis } from 'ioredis';
 import { Journal, newJobId } from '../coordinator/journal.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { Ending, Request } from '../coordinator/request.js';
 import { ChaosWorld, type LogLine } from './chaos-world.js';
 import { runCli, runCliJson } from './cli.js';
 import { tinyTokenizer } from './real-engine.js';
+import { monitorRedis } from './redis-monitor.js';
 
 const TIMEOUT_MS = 90_000;
 const terms = { priority: 100, deadlineMs: null };
@@ -26,13 +26,11 @@ const world = await ChaosWorld.start(
 );
 after(() => world.stop());
 const redis = ['--redis', world.redis.url];
-const raw = new Redis(world.redis.url);
 const journal = await Journal.open(world.redis.url, 'patient');
 const queue = new JobQueue(world.redis.url, MODEL);
 after(async () => {
   await queue.close();
   journal.close();
-  raw.disconnect();
 });
 const tokenizer = tinyTokenizer();
 
@@ -65,7 +63,6 @@ void test('a job that its engine dies of ends as dead, alone, and can be retried
   // Long enough that no token comes before the rank is dead.
   const poison = await submit(480, 8);
   const jobField = `caravan:{${poison}}:job`;
-  const monitor = await raw.monitor();
   let kills = 0;
   const alone = new Set<string>();
   let isPoisonous = true;
@@ -73,7 +70,7 @@ void test('a job that its engine dies of ends as dead, alone, and can be retried
     kills += 1;
     void world.kill('rank', () => 0);
   };
-  monitor.on('monitor', (_time: string, [name, key, ...rest]: string[], source: string) => {
+  const unwatch = await monitorRedis(world.redis.port, ([name, key, ...rest], source) => {
     if (!isPoisonous || source !== 'lua' || name !== 'HSET' || key !== jobField) return;
     const isTake = rest[0] === 'fence' && rest.includes('engine');
     if (isTake && kills < 2) kill();
@@ -87,7 +84,7 @@ void test('a job that its engine dies of ends as dead, alone, and can be retried
 
   const { ending, tokens } = await endingOf(poison);
   isPoisonous = false;
-  monitor.disconnect();
+  unwatch();
   assert.equal(kills, 4);
   assert.equal(tokens, 0);
   assert.ok(ending.status === 'failed');
