@@ -4,7 +4,6 @@
  * loser nothing.
  */
 import assert from 'node:assert/strict';
-import { once } from 'node:events';
 import { after, test } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Redis } from 'ioredis';
@@ -13,6 +12,7 @@ import { queueName } from '../coordinator/queue-connection.js';
 import { JobQueue } from '../coordinator/queue.js';
 import type { Request } from '../coordinator/request.js';
 import { startEngine, tinyTokenizer } from './real-engine.js';
+import { monitorRedis } from './redis-monitor.js';
 import { startRedis } from './redis-server.js';
 
 const isLong = process.env['CARAVAN_LONG'] === '1';
@@ -29,8 +29,6 @@ const terms = { priority: 100, deadlineMs: null };
 const redis = await startRedis();
 after(() => redis.stop());
 const raw = new Redis(redis.url);
-// Before there is any traffic: its first lines may come before Redis's answer, which the client does not bear.
-const monitor = await raw.monitor();
 after(() => {
   raw.disconnect();
 });
@@ -151,7 +149,7 @@ const tokensOf = async (id: string): Promise<number> =>
 
 void test('two coordinators hold the same jobs: one result each, the loser writes nothing', async (context) => {
   const watch = new Watch();
-  monitor.on('monitor', (_time: string, args: string[], source: string) => {
+  const unwatch = await monitorRedis(redis.port, (args, source) => {
     watch.take(args, source);
   });
   try {
@@ -197,8 +195,6 @@ void test('two coordinators hold the same jobs: one result each, the loser write
     const { completed, failed } = await queue.counts();
     assert.deepEqual([completed, failed], [ids.length + JOBS, 0], 'one result each');
   } finally {
-    const gone = once(monitor, 'end');
-    monitor.disconnect();
-    await gone;
+    unwatch();
   }
 });
