@@ -37,12 +37,20 @@ void test('gathered memory lies in huge pages, and holds what it held', { skip }
   const before = hugeKb();
   // Not in use: it is not to take memory because of this.
   const idle = new ScratchMemory(64 * MIB);
-  const gathered = await gatherHugePages();
+  const leaving = new AbortController();
+  let stretches = 0;
+  const gathered = await gatherHugePages(leaving.signal, () => (stretches += 1));
+  assert.ok(stretches >= 2, 'it is told that it goes on');
   // The first and the last page of the mapping may not be whole ones.
   assert.ok(gathered >= 20 * MIB, `${gathered} bytes`);
   assert.ok(hugeKb() - before >= 20 * 1024, `${hugeKb() - before} kB`);
   assert.ok(hugeKb() - before < 60 * 1024, `${hugeKb() - before} kB`);
   assert.ok(words.every((word, i) => word === (i * 2654435761) >>> 0));
+  leaving.abort();
+  const more = new ScratchMemory(48 * MIB);
+  new Uint8Array(more.bytes).fill(1);
+  assert.ok((await gatherHugePages(leaving.signal, () => undefined)) <= 16 * MIB, 'it ends soon');
+  more.release();
   memory.release();
   idle.release();
 });

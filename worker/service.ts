@@ -240,7 +240,9 @@ export class RankServer {
     const forms = weightForms(checkpoint.config, tp, mode, load.isExact, this.#device.kind);
     const plan = planRanks(checkpoint.config, tp, forms.ffnGrid)[load.rank]!;
     let reportedMs = 0;
+    let latest: LoadProgress | null = null;
     const report = (loadProgress: LoadProgress): void => {
+      latest = loadProgress;
       const nowMs = performance.now();
       this.#movedMs = nowMs;
       const isEnd = loadProgress.bytesRead >= loadProgress.bytesTotal;
@@ -256,7 +258,9 @@ export class RankServer {
     holdLargeBlocks('running');
     if (this.#device.kind === 'cpu') {
       const startMs = performance.now();
-      const hugeBytes = await gatherHugePages();
+      const hugeBytes = await gatherHugePages(signal, () => {
+        if (latest !== null) report(latest);
+      });
       const ms = Math.round(performance.now() - startMs);
       this.#log.info({ hugeBytes, ms }, 'weights in huge pages');
     }
