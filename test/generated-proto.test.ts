@@ -6,7 +6,7 @@ import path from 'node:path';
 import { test } from 'node:test';
 import { packageRoot } from '../coordinator/package-root.js';
 import { RankPartial } from '../proto/gen/cluster.js';
-import { decodePartial, encodePartial } from '../worker/partial-codec.js';
+import { decodePartial, FramedPartial } from '../worker/partial-codec.js';
 import { Random } from './random.js';
 
 void test('proto/gen is what the .proto files give', () => {
@@ -35,10 +35,13 @@ void test('proto/gen is what the .proto files give', () => {
 
 void test('the quick codec of partials is the generated one, byte for byte', () => {
   const random = new Random(9);
-  for (const size of [0, 1, 127, 128, 16_383, 16_384, 70_000]) {
+  const framed = new FramedPartial(600_000);
+  for (const count of [0, 1, 31, 32, 4_095, 4_096, 17_500, 524_288, 600_000, 32]) {
     const sequence = random.below(2 ** 32) + 1;
-    const data = Buffer.from(Array.from({ length: size }, () => random.below(256)));
-    const message = encodePartial(sequence, data);
+    const size = 4 * count;
+    const data = Buffer.from(framed.data.buffer, framed.data.byteOffset, size);
+    for (let i = 0; i < size; i += 1) data[i] = random.below(256);
+    const message = framed.message(sequence, count);
     const expected = RankPartial.encode({ sequence: sequence >>> 0, data }).finish();
     // The generated codec leaves empty fields out; a partial is never empty.
     if (size > 0) assert.deepEqual(message, Buffer.from(expected));

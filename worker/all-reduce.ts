@@ -13,10 +13,11 @@
 import { CaravanError } from '../proto/errors.js';
 import type { RankPartial } from '../proto/gen/cluster.js';
 import type { Pacer } from './pacer.js';
-import { encodePartial } from './partial-codec.js';
+import { FramedPartial } from './partial-codec.js';
 import type { PeerLink, Peers } from './peers.js';
 import type { DirectPartials, StreamSignals } from './direct-memory.js';
 import { allocate } from './memory.js';
+import { expectMessages } from './ort-memory.js';
 import { mayRanksSpin } from './shared-memory.js';
 import { StreamExchange } from './stream-exchange.js';
 
@@ -93,6 +94,8 @@ export class GroupAllReduce implements AllReduce {
   readonly #rank: number;
   readonly #peers: Peers;
   readonly #messagePeers: readonly PeerLink[];
+  /** By turn: our partial as a message, where it is sent as one. Our own buffer, unless a peer sees that in shared memory. */
+  readonly #framed: readonly FramedPartial[];
   readonly #memoryPeers: readonly { readonly rank: number; readonly link: PeerLink }[];
   readonly #spinUs: number;
   readonly #pacer: Pacer;
@@ -113,13 +116,19 @@ export class GroupAllReduce implements AllReduce {
     this.#timeoutMs = timeoutMs;
     const { links } = peers;
     this.#messagePeers = links.filter((link) => link?.segment === null) as PeerLink[];
+    if (this.#messagePeers.length > 0) expectMessages();
     this.#memoryPeers = links.flatMap((link, peer) =>
       link === null || link.segment === null ? [] : [{ rank: peer, link }],
     );
     this.#spinUs = mayRanksSpin(this.#memoryPeers.length + 1) ? SPIN_US : 0;
+    this.#framed =
+      this.#messagePeers.length === 0
+        ? []
+        : [new FramedPartial(capacity), new FramedPartial(capacity)];
     const buffer = (turn: Turn) => (link: PeerLink | null) => {
       const segment = link === null ? peers.segment : link.segment;
-      return segment === null ? allocate(capacity) : segment.turns[turn];
+      if (segment !== null) return segment.turns[turn];
+      return link === null ? this.#framed[turn]!.data : allocate(capacity);
     };
     this.partials = [links.map(buffer(0)), links.map(buffer(1))];
     this.#arrived = links.map(() => 0);
@@ -143,9 +152,10 @@ export class GroupAllReduce implements AllReduce {
     this.#sequence += 1;
     if (this.#messagePeers.length > 0) {
       const own = this.partials[turn]![this.#rank]!;
-      // The message is a copy: the buffer is free again.
-      const bytes = new Uint8Array(own.buffer, own.byteOffset, 4 * count);
-      const message = encodePartial(this.#sequence - 1, bytes);
+      const framed = this.#framed[turn]!;
+      if (own !== framed.data) framed.data.set(own.subarray(0, count));
+      // Not copied: who writes this turn's buffer again has the peers' next partials, so that they have this one.
+      const message = framed.message(this.#sequence - 1, count);
       for (const { outgoing } of this.#messagePeers) outgoing.write(message);
     }
     this.#peers.segment?.publish(this.#sequence, turn, count);

@@ -1,5 +1,5 @@
 /**
- * Gives memory back that loading needed and running does not: a shard is built of blocks as large as
+ * When a rank's memory is given back. What loading needed and running does not: a shard is built of blocks as large as
  * its matrices, which would otherwise stay with the process, half as much again as the weights.
  */
 import { setFlagsFromString } from 'node:v8';
@@ -34,4 +34,15 @@ export function holdLargeBlocks(phase: 'loading' | 'running'): void {
 export function collectGarbage(): void {
   setFlagsFromString('--expose-gc');
   (runInNewContext('gc') as () => void)();
+}
+
+/** By how much the heap may grow until all of it is looked through again, in percent. */
+const HEAP_GROWTH = 300;
+
+/**
+ * To be called by a rank whose partials are messages. They lie outside the heap, but count like what lies on it: beside a
+ * heap as small as a rank's, 10 MB of them would have all of it looked through, which is once a step.
+ */
+export function expectMessages(): void {
+  setFlagsFromString(`--heap-growing-percent=${HEAP_GROWTH}`);
 }

@@ -1,28 +1,46 @@
 /**
- * RankPartial on the wire, without the copies of the generated codec: encoded once for all peers, and
- * decoded as a view. Byte for byte the message of cluster.proto; a test holds it against that.
+ * RankPartial on the wire, without the copies of the generated codec: a partial that is sent lies in memory with
+ * room for the rest of its message, and what is received is a view. Byte for byte the message of cluster.proto; a test
+ * holds it against that.
  */
 import type { MethodDefinition } from '@grpc/grpc-js';
 import { CaravanError } from '../proto/errors.js';
 import { PeerService, type Membership, type RankPartial } from '../proto/gen/cluster.js';
+import { allocateBytes } from './memory.js';
 
 const SEQUENCE_TAG = 0x0d; // field 1, fixed32
 const DATA_TAG = 0x12; // field 2, length-delimited
+/** More than what stands before the data of a message; elements stay where kernels like them. */
+const HEADROOM = 64;
 
-/** The message, encoded; `data` is copied. */
-export function encodePartial(sequence: number, data: Uint8Array): Buffer {
-  const lengthBytes = varintBytes(data.length);
-  const message = Buffer.allocUnsafe(6 + lengthBytes + data.length);
-  message[0] = SEQUENCE_TAG;
-  message.writeUInt32LE(sequence >>> 0, 1);
-  message[5] = DATA_TAG;
-  let left = data.length;
-  for (let i = 0; i < lengthBytes; i += 1) {
-    message[6 + i] = (left & 0x7f) | (i + 1 < lengthBytes ? 0x80 : 0);
-    left >>>= 7;
+/** A buffer of elements that can be sent as they lie there. */
+export class FramedPartial {
+  readonly data: Float32Array<ArrayBuffer>;
+  readonly #bytes: Buffer;
+
+  /** @param capacity elements. @throws CaravanError `out_of_memory`. */
+  constructor(capacity: number) {
+    const memory = allocateBytes(HEADROOM + 4 * capacity);
+    this.data = new Float32Array(memory, HEADROOM);
+    this.#bytes = Buffer.from(memory);
   }
-  message.set(data, 6 + lengthBytes);
-  return message;
+
+  /** The message of the first `count` elements: a view of them, so that they may not change before it was received. */
+  message(sequence: number, count: number): Buffer {
+    const byteCount = 4 * count;
+    const lengthBytes = varintBytes(byteCount);
+    const start = HEADROOM - 6 - lengthBytes;
+    const bytes = this.#bytes;
+    bytes[start] = SEQUENCE_TAG;
+    bytes.writeUInt32LE(sequence >>> 0, start + 1);
+    bytes[start + 5] = DATA_TAG;
+    let left = byteCount;
+    for (let i = 0; i < lengthBytes; i += 1) {
+      bytes[start + 6 + i] = (left & 0x7f) | (i + 1 < lengthBytes ? 0x80 : 0);
+      left >>>= 7;
+    }
+    return bytes.subarray(start, HEADROOM + byteCount);
+  }
 }
 
 /** The message; `data` is a view of `message`. @throws CaravanError `internal` for any other bytes. */
