@@ -6,6 +6,7 @@ import path from 'node:path';
 import { CaravanError } from '../proto/errors.js';
 import { locateSlice, type Checkpoint } from './checkpoint.js';
 import type { TensorSlice } from './plan.js';
+import type { StorageFormat } from './formats.js';
 import { openForReading } from './safetensors.js';
 import { blocksOf, type SlicePart } from './stored-tensor.js';
 
@@ -22,9 +23,17 @@ interface Destination {
   readonly pairedHeadSize: number | null;
 }
 
+/** How whole blocks become float32: `StorageFormat.widen`, or whatever does the same sooner. */
+export type Widening = (format: StorageFormat, ...run: Parameters<StorageFormat['widen']>) => void;
+
+const asFormatsDo: Widening = (format, ...run) => {
+  format.widen(...run);
+};
+
 /** Close it after use. */
 export class SliceReader {
   readonly #checkpoint: Checkpoint;
+  readonly #widen: Widening;
   readonly #descriptors = new Map<string, number>();
   readonly #scratch = Buffer.from(new ArrayBuffer(SCRATCH_BYTES));
   /** Elements of blocks that a slice touches in part. */
@@ -33,8 +42,9 @@ export class SliceReader {
   /** Bytes of slices read so far. */
   bytesRead = 0;
 
-  constructor(checkpoint: Checkpoint) {
+  constructor(checkpoint: Checkpoint, widen = asFormatsDo) {
     this.#checkpoint = checkpoint;
+    this.#widen = widen;
   }
 
   /**
@@ -78,11 +88,8 @@ export class SliceReader {
       const runBytes = blocks.count * blockBytes;
       const isWholeBlocks = blocks.count * blockElements === count;
       const areNeighbours = runBytes === strideBytes;
-      const isOneRun =
-        areNeighbours &&
-        count === rowStride &&
-        isWholeBlocks &&
-        destination.pairedHeadSize === null;
+      // What was read lies row after row, and so does what it becomes.
+      const isOneRun = count === rowStride && isWholeBlocks && destination.pairedHeadSize === null;
       const perRead = Math.floor(SCRATCH_BYTES / runBytes);
       for (let row = 0; row < rows.count; row += perRead) {
         const rowCount = Math.min(perRead, rows.count - row);
@@ -95,14 +102,14 @@ export class SliceReader {
         }
         if (isOneRun) {
           const at = destination.index + (part.firstRow + row) * rowStride;
-          format.widen(this.#scratch, 0, rowCount * blocks.count, target, at);
+          this.#widen(format, this.#scratch, 0, rowCount * blocks.count, target, at);
         } else {
           for (let r = 0; r < rowCount; r += 1) {
             const at = placeOf(part, destination, row + r) + done;
             if (isWholeBlocks) {
-              format.widen(this.#scratch, r * runBytes, blocks.count, target, at);
+              this.#widen(format, this.#scratch, r * runBytes, blocks.count, target, at);
             } else {
-              format.widen(this.#scratch, r * runBytes, blocks.count, this.#widened, 0);
+              this.#widen(format, this.#scratch, r * runBytes, blocks.count, this.#widened, 0);
               const from = first - blocks.start * blockElements;
               target.set(this.#widened.subarray(from, from + count), at);
             }
@@ -126,7 +133,7 @@ export class SliceReader {
         const element = (columns.start + column) * columnStride + rows.start + row;
         const offset = piece.offset + element * blockBytes;
         this.#readExactly(piece.file, 0, count * blockBytes, offset);
-        format.widen(this.#scratch, 0, count, this.#widened, 0);
+        this.#widen(format, this.#scratch, 0, count, this.#widened, 0);
         for (let r = 0; r < count; r += 1) {
           destination.target[placeOf(part, destination, row + r) + column] = this.#widened[r]!;
         }

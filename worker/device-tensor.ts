@@ -31,6 +31,8 @@ const bytesOf: Readonly<Record<ElementType, number>> = {
   [elementType.int32]: 4,
   [elementType.int64]: 8,
   [elementType.float16]: 2,
+  [elementType.bfloat16]: 2,
+  [elementType.uint4]: 0.5,
 };
 
 export const elementCount = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);

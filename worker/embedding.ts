@@ -28,15 +28,19 @@ export class Embedding {
       this.#values.set(rows.subarray(0, count * width), first * width);
       return;
     }
+    const values = this.#values;
     for (let r = 0; r < count; r += 1) {
       const row = rows.subarray(r * width, (r + 1) * width);
       let largest = 0;
-      for (let i = 0; i < width; i += 1) largest = Math.max(largest, Math.abs(row[i]!));
+      for (let i = 0; i < width; i += 1) {
+        const size = Math.abs(row[i]!);
+        if (size > largest) largest = size;
+      }
       this.#scales[first + r] = largest / 127;
       const inverse = largest === 0 ? 0 : 127 / largest;
       const to = (first + r) * width;
       for (let i = 0; i < width; i += 1) {
-        this.#values[to + i] = ((row[i]! * inverse + 128.5) | 0) - 128;
+        values[to + i] = ((row[i]! * inverse + 128.5) | 0) - 128;
       }
     }
   }

@@ -15,6 +15,9 @@ import { elementTypeOf, type ElementType, type TensorArray } from './ort.js';
 
 const IR_VERSION = 9;
 const OPSET = 20;
+/** The first that knows blocks within rows, and 4 bits. */
+const BLOCK_OPSET = 21;
+const BLOCK_IR_VERSION = 10;
 export const MICROSOFT = 'com.microsoft';
 
 /** A weight that the runtime takes from our memory when the session is made. */
@@ -298,12 +301,13 @@ export class GraphBuilder {
     );
   }
 
-  finish(): Graph {
+  /** @param hasBlocks whether nodes quantize in blocks, or into 4 bits. */
+  finish({ hasBlocks = false } = {}): Graph {
     const model = ModelProto.encode({
-      irVersion: IR_VERSION,
+      irVersion: hasBlocks ? BLOCK_IR_VERSION : IR_VERSION,
       producerName: 'caravan',
       opsetImport: [
-        { domain: '', version: OPSET },
+        { domain: '', version: hasBlocks ? BLOCK_OPSET : OPSET },
         { domain: MICROSOFT, version: 1 },
       ],
       graph: {

@@ -18,6 +18,8 @@ export const elementType = {
   int32: 6,
   int64: 7,
   float16: 10,
+  bfloat16: 16,
+  uint4: 21,
 } as const;
 export type ElementType = (typeof elementType)[keyof typeof elementType];
 
@@ -191,8 +193,16 @@ export class Ort {
     }
   }
 
-  /** A tensor whose memory is `array`, which must be backed by an ArrayBuffer of its own. */
-  tensor(array: TensorArray, shape: readonly number[]): Tensor {
+  /**
+   * A tensor whose memory is `array`, which must be backed by an ArrayBuffer of its own.
+   *
+   * @param type of elements that JavaScript has no arrays of; then `array` holds their bytes.
+   */
+  tensor(
+    array: TensorArray,
+    shape: readonly number[],
+    type: ElementType = elementTypeOf(array),
+  ): Tensor {
     const pointer = this.api.create(
       'CreateTensorWithDataAsOrtValue',
       this.hostMemory,
@@ -200,7 +210,7 @@ export class Ort {
       array.byteLength,
       BigInt64Array.from(shape, BigInt),
       shape.length,
-      elementTypeOf(array),
+      type,
     );
     return new Tensor(pointer, array, shape, this.api.native.ReleaseValue);
   }

@@ -9,6 +9,7 @@ import type { FormVariant, WeightForm } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
 import { chooseBlock, openChoices, withBlocks } from './block-choice.js';
 import type { Graph } from './graph-builder.js';
+import { HalfWidener } from './half-widener.js';
 import { KernelProbe } from './kernel-probe.js';
 import { arraysOf, emptyLinear, type ArraySource, type Linear } from './linear.js';
 import type { Ort, Session } from './ort.js';
@@ -19,7 +20,7 @@ import { Quantizer } from './quantizer.js';
 import type { WeightFileReader } from './weight-file.js';
 
 /** Floats that are read before they are turned into another form. */
-const CHUNK_ELEMENTS = 1 << 22;
+const CHUNK_ELEMENTS = 1 << 20;
 
 /** What is built of the rows of a matrix. */
 export interface RowSink {
@@ -43,6 +44,7 @@ export class WeightLoader {
   readonly #signal: AbortSignal;
   readonly #pool = new ArrayPool();
   readonly #quantizer: Quantizer;
+  readonly #halves: HalfWidener;
   readonly #ort: Ort;
   #chunk = new Float32Array(0);
   #mappedBytes = 0;
@@ -57,8 +59,9 @@ export class WeightLoader {
   ) {
     this.#ort = ort;
     this.#source = source;
-    this.#reader = new SliceReader(checkpoint);
-    this.#sampler = new SliceReader(checkpoint);
+    this.#halves = new HalfWidener(ort);
+    this.#reader = new SliceReader(checkpoint, this.#halves.widen);
+    this.#sampler = new SliceReader(checkpoint, this.#halves.widen);
     this.#headSize = checkpoint.config.headSize;
     this.#onProgress = onProgress;
     this.#signal = signal;
@@ -74,6 +77,7 @@ export class WeightLoader {
   close(): void {
     this.#reader.close();
     this.#sampler.close();
+    this.#halves.release();
     this.#quantizer.release();
     this.#pool.release();
   }
