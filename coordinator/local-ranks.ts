@@ -8,10 +8,14 @@ import { linkVariables } from '../proto/link-security.js';
 import { workerEntry } from './package-root.js';
 
 /**
- * Flags of processes that take steps, ranks and coordinators: young garbage has 32 MB from the start, so that it is not collected during hundreds of
- * steps; the runtime would begin with 1 MB.
+ * Flags of processes that take steps, ranks and coordinators: young garbage has 32 MB from the start, so that it is not
+ * collected during hundreds of steps; the runtime would begin with 1 MB, and end at 16 whatever the start.
  */
-export const stepExecArgv: readonly string[] = [...process.execArgv, '--min-semi-space-size=32'];
+export const stepExecArgv: readonly string[] = [
+  ...process.execArgv,
+  '--min-semi-space-size=32',
+  '--max-semi-space-size=32',
+];
 
 const START_TIMEOUT_MS = 30_000;
 

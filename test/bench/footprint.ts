@@ -2,6 +2,8 @@
  * What ranks hold in memory beside their weights and positions, and how much garbage a step makes.
  *
  *   node dist/test/bench/footprint.js MODEL [--weights MODE] [--tp 2] [--steps 500] [--prompt 400]
+ *
+ * The engine is in this process: `node --min-semi-space-size=32 --max-semi-space-size=32 ...` gives it what coordinators have.
  */
 import { fork, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
