@@ -113,8 +113,8 @@ export class RankEngine implements Engine {
   /** In the order in which they came. */
   #sequences: Sequence[] = [];
   readonly #costs = new StepCosts();
-  /** Slots whose drafts did not hold: for the next step. */
-  #rewinds: { slot: number; length: number }[] = [];
+  /** Sequences whose drafts did not hold: the next step takes back what was fed, unless they left and others begin there. */
+  readonly #overfed = new Set<Sequence>();
   #stepNumber = 0;
   #tokenBudget: number;
   #wake: (() => void) | null = null;
@@ -253,7 +253,8 @@ export class RankEngine implements Engine {
     announceStep(plan);
     const { decodes, drafts, chunks } = plan;
     this.#stepNumber += 1;
-    const rewinds = this.#rewinds.splice(0);
+    const rewinds = begun.filter((sequence) => this.#overfed.has(sequence));
+    this.#overfed.clear();
     const step = stepMessage(this.#stepNumber, plan, { joins, rewinds }, this.#masks);
     const sentMs = performance.now();
     const computing = this.#ranks.forward(step);
@@ -333,7 +334,7 @@ export class RankEngine implements Engine {
    * @returns guessed tokens that came true.
    */
   async #verify(sequence: Sequence, step: Step, rows: readonly SampledRow[]): Promise<number> {
-    const { draft, slot } = sequence;
+    const { draft } = sequence;
     let accepted = 0;
     for (const row of rows) {
       // The row's own token was right, or the row would not be looked at.
@@ -342,7 +343,7 @@ export class RankEngine implements Engine {
       if (token === null || token !== draft[accepted]) break;
       accepted += 1;
     }
-    if (accepted < draft.length) this.#rewinds.push({ slot, length: sequence.fed });
+    if (accepted < draft.length) this.#overfed.add(sequence);
     return accepted;
   }
 

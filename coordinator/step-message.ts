@@ -12,7 +12,7 @@ import type { TokenMask } from './token-masks.js';
 export interface StepChanges {
   readonly joins: readonly Join[];
   /** Slots whose drafts did not hold, and the positions that did. */
-  readonly rewinds: readonly { readonly slot: number; readonly length: number }[];
+  readonly rewinds: readonly { readonly slot: number; readonly fed: number }[];
 }
 
 /** A sequence that begins, with what it keeps of its slot or copies from another. */
@@ -79,7 +79,7 @@ export function stepMessage(
         ? undefined
         : {
             slots: rewinds.map(({ slot }) => slot),
-            lengths: rewinds.map(({ length }) => length),
+            lengths: rewinds.map(({ fed }) => fed),
           },
     decodeSlots: decodes.map(({ slot }) => slot),
     decodeTokens: decodes.map(({ decodeToken }) => decodeToken),
