@@ -107,8 +107,8 @@ export class Sequence implements Schedulable {
     );
   }
 
-  get hitRate(): number {
-    return this.#lookup?.hitRate ?? 0;
+  chance(index: number): number {
+    return this.#lookup?.chance(index) ?? 0;
   }
 
   /** Guessed tokens that there is room for, in the slot and in the answer. */

@@ -5,8 +5,8 @@
 
 /** A sequence that can guess. */
 export interface Guesser {
-  /** How often the next guessed token is right, 0 to 1. */
-  readonly hitRate: number;
+  /** How likely token `index` of its draft is right when those before it are, 0 to 1. */
+  chance(index: number): number;
   /** Most tokens that may be guessed. */
   readonly draftLimit: number;
 }
@@ -66,7 +66,7 @@ export function chooseDrafts(
   if (plainMs === null) return counts;
   let best = { speed: (LEAST_GAIN * rows) / plainMs, counts: [...counts] };
   // The likeliest token that is not yet guessed comes next: the chance that a draft holds up to it.
-  const chances = guessers.map(({ hitRate }) => hitRate);
+  const chances = guessers.map((guesser) => guesser.chance(0));
   let expected = rows;
   for (let added = 1; added <= maxDraftRows; added += 1) {
     let next = -1;
@@ -78,7 +78,7 @@ export function chooseDrafts(
     if (next === -1) break;
     expected += chances[next]!;
     counts[next]! += 1;
-    chances[next]! *= guessers[next]!.hitRate;
+    chances[next]! *= guessers[next]!.chance(counts[next]!);
     const speed = expected / costs.of(rows + added)!;
     if (speed > best.speed) best = { speed, counts: [...counts] };
   }

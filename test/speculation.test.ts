@@ -128,6 +128,58 @@ void test('a sequence that was taken over guesses on, with the same tokens', asy
   assert.deepEqual(ids(rest), ids(whole).slice(15));
 });
 
+void test('what a sequence guessed last is not taken from the one that begins in its slot', async () => {
+  const limits = { ...LIMITS, maxBatchSize: 1 };
+  await pool.withGroup(embeddedModelPath(), { tp: 1, ...limits }, async ({ ranks }) => {
+    let last: StepFigures | null = null;
+    const onStep = (figures: StepFigures): void => {
+      last = figures;
+    };
+    const options = { ...limits, isExact: false, draftTokens: 5, onStep };
+    const engine = new RankEngine(ranks, tokenizer, options);
+    const stop = new AbortController();
+    const running = engine.run(stop.signal);
+    /** Adds the next one as soon as the slot is free, before the next step. */
+    const ask = (asked: Request, leaves: 'ends' | 'is cancelled'): Promise<number[]> =>
+      new Promise((resolve, reject) => {
+        const ids: number[] = [];
+        const sink: SequenceSink = {
+          token: (id) => {
+            ids.push(id);
+            if (leaves === 'ends' || ids.length < 12) return;
+            handle.cancel();
+            resolve(ids);
+          },
+          end: () => {
+            resolve(ids);
+          },
+          fail: reject,
+        };
+        const handle = engine.add({ id: 's', request: asked, index: 0, resumeTokenIds: [] }, sink);
+      });
+    const slotFree = async (): Promise<void> => {
+      while (engine.freeSlotCount === 0) await new Promise(setImmediate);
+    };
+    // Shorter than what is given up, and without a beginning that could be kept.
+    const short = request(0, { promptTokenIds: [1, 450, 451, 452], maxTokens: 6 });
+    const alone = await ask(short, 'ends');
+    let missed = 0;
+    for (let seed = 0; seed < 12; seed += 1) {
+      const stopText = tokenizer.decode([400, 402]);
+      const first = request(0.9, { stop: [stopText], maxTokens: 60 }, { seed });
+      await slotFree();
+      await ask(first, seed % 3 === 0 ? 'is cancelled' : 'ends');
+      await slotFree();
+      const { draftTokens, acceptedTokens } = last!;
+      if (draftTokens > acceptedTokens) missed += 1;
+      assert.deepEqual(await ask(short, 'ends'), alone);
+    }
+    assert.ok(missed > 0, 'no guess was wrong in a last step');
+    stop.abort();
+    await running;
+  });
+});
+
 void test('nothing is guessed in exact mode', async () => {
   const { steps } = await run([request(0)], { isExact: true });
   assert.ok(steps.every(({ draftTokens }) => draftTokens === 0));
@@ -141,15 +193,17 @@ void test('a lookup proposes what followed the same tokens, the latest time', ()
   assert.deepEqual(lookup.propose(3), [60, 61, 1]);
   tokens.push(99);
   assert.deepEqual(lookup.propose(3), []);
-  assert.equal(lookup.hitRate, 0);
-  // Two tokens are enough.
-  tokens.push(50, 51);
-  assert.deepEqual(lookup.propose(2), [1, 2]);
+  assert.equal(lookup.chance(0), 0);
+  // One token is enough; two are looked up first.
+  tokens.push(50);
+  assert.deepEqual(lookup.propose(2), [51, 1]);
+  tokens.push(7, 1, 2);
+  assert.deepEqual(lookup.propose(2), [3, 50]);
   const loop = [1, 2, 3, 1, 2, 3];
   assert.deepEqual(new PromptLookup(loop, 6, 100).propose(7), [1, 2, 3, 1, 2, 3, 1]);
 });
 
-void test('the hit rate follows what came true, and proposals are what the text has', () => {
+void test('chances follow what came true, and proposals are what the text has', () => {
   const random = new Random(3);
   const tokens = Array.from({ length: 200 }, () => random.below(50));
   const lookup = new PromptLookup(tokens, 200, 50);
@@ -158,17 +212,40 @@ void test('the hit rate follows what came true, and proposals are what the text 
     tokens.push(tokens[at]!);
     if (at > 20) assert.deepEqual(lookup.propose(4), tokens.slice(at + 1, at + 5));
   }
-  assert.ok(lookup.hitRate > 0.95);
+  assert.ok(lookup.chance(0) > 0.95);
+  assert.ok(lookup.chance(5) > 0.95);
   const other = Array.from({ length: 200 }, () => random.below(50));
   const poor = new PromptLookup(other, 200, 50);
+  let sum = 0;
   for (let i = 0; i < 400; i += 1) {
     other.push(random.below(50));
-    assert.ok(poor.hitRate < 0.5);
+    const chance = poor.chance(0);
+    if (i >= 200) sum += chance;
   }
-  assert.ok(poor.hitRate < 0.2);
+  // What has four equal tokens by accident is believed a few times; most have one.
+  assert.ok(sum / 200 < 0.1, String(sum / 200));
 });
 
-const guesser = (hitRate: number, draftLimit = 100): Guesser => ({ hitRate, draftLimit });
+void test('a guess is likelier the more tokens before it are the same', () => {
+  const tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1, 2];
+  const chances: number[] = [];
+  const lookup = new PromptLookup(tokens, tokens.length, 100);
+  // Nothing was seen to come true yet, nor not to.
+  for (const next of [5, 6, 7, 8, 9, 10, 11, 12]) {
+    chances.push(lookup.chance(0));
+    tokens.push(next);
+  }
+  assert.equal(chances[0], 0);
+  assert.ok(chances[1]! < chances[2]! && chances[2]! < chances[3]! && chances[3]! < chances[4]!);
+  // And so are the later tokens of a draft.
+  const fresh = new PromptLookup([1, 2, 3, 4, 9, 2], 6, 100);
+  assert.ok(fresh.chance(0) < fresh.chance(1) && fresh.chance(1) < fresh.chance(2));
+});
+
+const guesser = (chance: number, draftLimit = 100): Guesser => ({
+  chance: () => chance,
+  draftLimit,
+});
 const costs = (...steps: [rows: number, ms: number][]): StepCosts => {
   const known = new StepCosts();
   for (const [rows, ms] of steps) known.add(rows, ms);

@@ -120,7 +120,9 @@ const print = (line: string): void => {
 };
 
 try {
-  print('task              tokens   same    plain    guessing   ratio   guessed  accepted   (ms)');
+  print(
+    'task              tokens  guessing   same    plain   guessing    ratio  guessed  accepted   (ms a token)',
+  );
   for (const [name, prompts] of tasks) {
     const outcomes: [plain: Outcome, guessing: Outcome][] = [];
     for (let i = 0; i < Number(values.runs); i += 1) {
@@ -128,17 +130,20 @@ try {
     }
     const [plain, guessing] = outcomes.at(-1)!;
     const same = plain.tokenIds.filter((id, i) => id === guessing.tokenIds[i]).length;
-    const plainMs = median(outcomes.map(([one]) => one.decodeMs));
-    const guessingMs = median(outcomes.map(([, one]) => one.decodeMs));
+    // Texts may part where two tokens are as likely, and end elsewhere: what a token takes can be compared.
+    const perToken = ({ decodeMs, tokenIds }: Outcome): number => decodeMs / tokenIds.length;
+    const plainMs = median(outcomes.map(([one]) => perToken(one)));
+    const guessingMs = median(outcomes.map(([, one]) => perToken(one)));
     const share =
       guessing.draft === 0 ? '-' : `${((100 * guessing.accepted) / guessing.draft).toFixed(0)} %`;
     print(
       [
         name.padEnd(16),
         String(plain.tokenIds.length).padStart(7),
+        String(guessing.tokenIds.length).padStart(9),
         String(same).padStart(6),
-        plainMs.toFixed(0).padStart(8),
-        guessingMs.toFixed(0).padStart(10),
+        plainMs.toFixed(1).padStart(8),
+        guessingMs.toFixed(1).padStart(10),
         (plainMs / guessingMs).toFixed(2).padStart(8),
         String(guessing.draft).padStart(9),
         share.padStart(9),
