@@ -21,6 +21,14 @@ const CLASSES: readonly { readonly from: number; readonly rate: number }[] = [
   { from: 4, rate: 0.85 },
   { from: 8, rate: 0.88 },
 ];
+/** By how many tokens are the same, up to the last class: which class that is. */
+const CLASS_OF = Array.from({ length: CLASSES.at(-1)!.from + 1 }, (_, matched) =>
+  Math.max(
+    0,
+    CLASSES.findLastIndex(({ from }) => from <= matched),
+  ),
+);
+const classOf = (matched: number): number => CLASS_OF[Math.min(matched, CLASS_OF.length - 1)]!;
 /** Of how many guesses the rates of the beginning are believed to come. */
 const BELIEVED = 4;
 /** What a guess counts for once the next one of its class is known. */
@@ -132,9 +140,3 @@ export class PromptLookup {
     return key;
   }
 }
-
-const classOf = (matched: number): number =>
-  Math.max(
-    0,
-    CLASSES.findLastIndex(({ from }) => from <= matched),
-  );
