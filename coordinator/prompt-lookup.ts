@@ -12,23 +12,13 @@ const SHORTEST = 1;
 
 /**
  * How often a guess comes true grows with the number of tokens before it that are the same: each class of such numbers is
- * counted by itself. The rates are those of answers to questions of MT-Bench, believed until a sequence shows its own.
+ * counted by itself. By number, 8 and more alike.
  */
-const CLASSES: readonly { readonly from: number; readonly rate: number }[] = [
-  { from: 1, rate: 0.2 },
-  { from: 2, rate: 0.45 },
-  { from: 3, rate: 0.65 },
-  { from: 4, rate: 0.85 },
-  { from: 8, rate: 0.88 },
-];
-/** By how many tokens are the same, up to the last class: which class that is. */
-const CLASS_OF = Array.from({ length: CLASSES.at(-1)!.from + 1 }, (_, matched) =>
-  Math.max(
-    0,
-    CLASSES.findLastIndex(({ from }) => from <= matched),
-  ),
-);
-const classOf = (matched: number): number => CLASS_OF[Math.min(matched, CLASS_OF.length - 1)]!;
+const CLASS_OF = [0, 0, 1, 2, 3, 3, 3, 3, 4];
+const MOST_MATCHED = CLASS_OF.length - 1;
+const classOf = (matched: number): number => CLASS_OF[Math.min(matched, MOST_MATCHED)]!;
+/** By class: what answers to questions of MT-Bench showed, believed until a sequence shows its own. */
+const FIRST_RATES = [0.2, 0.45, 0.65, 0.85, 0.88];
 /** Of how many guesses the rates of the beginning are believed to come. */
 const BELIEVED = 4;
 /** What a guess counts for once the next one of its class is known. */
@@ -42,13 +32,13 @@ export class PromptLookup {
   /** By length − SHORTEST: the place behind the last occurrence of those tokens. */
   readonly #places: readonly Map<number, number>[];
   /** By class: guesses, and those that came true. */
-  readonly #guesses = CLASSES.map(() => BELIEVED);
-  readonly #hits = CLASSES.map(({ rate }) => rate * BELIEVED);
+  readonly #guesses = FIRST_RATES.map(() => BELIEVED);
+  readonly #hits = FIRST_RATES.map((rate) => rate * BELIEVED);
   /** Tokens whose occurrences are known. */
   #indexed = 0;
   /** Place of the token that is guessed to come next; null where nothing is. */
   #guess: number | null = null;
-  /** How many tokens before it are those before the place of the next one, as far as that tells anything. */
+  /** How many tokens before the guess are those before the next one's place, as far as classes tell. */
   #matched = 0;
 
   /** @param promptLength tokens that are not guessed. */
@@ -94,7 +84,7 @@ export class PromptLookup {
       // Before it is indexed itself. The prompt is not guessed.
       if (this.#guess === null && this.#indexed >= this.#promptLength) {
         this.#guess = this.#find(this.#indexed);
-        this.#matched = this.#guess === null ? 0 : this.#matchedBefore(this.#guess, this.#indexed);
+        if (this.#guess !== null) this.#matched = this.#matchedBefore(this.#guess, this.#indexed);
       }
       this.#index(this.#indexed);
     }
@@ -105,9 +95,9 @@ export class PromptLookup {
     this.#hits[which] = FADING * this.#hits[which]! + Number(isHit);
   }
 
-  /** How many tokens before the two places are the same; more than the last class asks for need not be known. */
+  /** How many tokens before the two places are the same, as far as classes tell. */
   #matchedBefore(place: number, end: number): number {
-    const most = Math.min(place, CLASSES.at(-1)!.from);
+    const most = Math.min(place, MOST_MATCHED);
     let count = 0;
     while (count < most && this.#tokens[place - 1 - count] === this.#tokens[end - 1 - count]) {
       count += 1;
