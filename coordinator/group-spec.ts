@@ -186,7 +186,8 @@ export function planGroup(
   if (limits.weights !== 'auto') return planned(limits.weights);
   if (parameterCount(checkpoint) < SMALL_PARAMETER_COUNT) return planned('fp32');
   // What is free on a device its rank alone can tell: it refuses what does not fit.
-  if (device !== 'cpu') return planned('fp16', planned('int4').spec);
+  if (device === 'webgpu') return planned('fp16', planned('int4').spec);
+  if (device === 'cuda') return planned('fp16', planned('int8', planned('int4').spec).spec);
   if (limits.exact) return planned('int8');
   const both = planned('int4+int8');
   return both.neededBytes <= USABLE_MEMORY * machineBytes ? both : planned('int4');

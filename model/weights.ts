@@ -3,7 +3,7 @@
  *
  *   fp32   4 bytes a weight
  *   fp16   2 bytes a weight, on GPUs
- *   int8   signed, one scale an output; activations are scaled row by row
+ *   int8   signed, one scale an output; activations are scaled row by row. On GPUs in blocks along the inputs
  *   int4   blocks along the inputs, each with a scale
  *
  * `int4+int8` holds both: int4 is faster for few rows, where memory is the limit, int8 for many, where arithmetic
@@ -22,7 +22,7 @@ export type WeightsMode = (typeof weightsModes)[number];
 export const modesOfDevice: Readonly<Record<DeviceKind, readonly WeightsMode[]>> = {
   cpu: ['fp32', 'int8', 'int4', 'int4+int8'],
   webgpu: ['fp32', 'fp16', 'int4'],
-  cuda: ['fp32', 'fp16', 'int4'],
+  cuda: ['fp32', 'fp16', 'int8', 'int4'],
 };
 
 /** How keys and values are held: as floats, or in 8 bits. */
@@ -54,6 +54,8 @@ export type WeightForm =
   | { readonly kind: 'fp32' }
   | { readonly kind: 'fp16' }
   | { readonly kind: 'int8' }
+  /** Blocks along the inputs, each around 128 with a scale of 16 bits, as GPUs take them. */
+  | { readonly kind: 'int8Blocks'; readonly block: number }
   | {
       readonly kind: 'int4';
       readonly block: number;
@@ -61,6 +63,8 @@ export type WeightForm =
       readonly coarser?: readonly number[];
       /** Scales of 16 bits, as GPUs take them. */
       readonly hasHalfScales?: true;
+      /** 8 stands for zero in every block: CUDA's quick products know no other. */
+      readonly isCentred?: true;
     };
 
 /** The forms of a layer's matrices, for steps of at most `maxRows` rows. */
@@ -161,8 +165,10 @@ export function weightForms(
   }
 }
 
-/** CUDA's quick product of few rows takes blocks of 32; smaller matrices are not worth it. */
+/** CUDA's quick products take blocks of 32, around 8 or 128; smaller matrices are not worth it. */
 const GPU_BLOCK = 32;
+/** Of inputs they want multiples of this. */
+const CUDA_GRID = 64;
 
 /** One variant for any number of rows. */
 function gpuForms(
@@ -173,26 +179,30 @@ function gpuForms(
 ): WeightForms {
   const fp32 = { kind: 'fp32' } as const;
   const fp16 = { kind: 'fp16' } as const;
-  const isHalf = mode === 'fp16' || (mode === 'int4' && device === 'cuda');
+  const isRounded = mode === 'int4' || mode === 'int8';
+  const isHalf = mode === 'fp16' || (isRounded && device === 'cuda');
   const dense = isHalf ? fp16 : fp32;
-  const int4 = (fits: boolean): WeightForm => {
-    if (mode !== 'int4' || !fits) return dense;
-    return { kind: 'int4', block: GPU_BLOCK, ...(isHalf ? { hasHalfScales: true } : {}) };
+  const rounded = (fits: boolean): WeightForm => {
+    if (!isRounded || !fits) return dense;
+    if (mode === 'int8') return { kind: 'int8Blocks', block: GPU_BLOCK };
+    const how = isHalf ? ({ hasHalfScales: true, isCentred: true } as const) : {};
+    return { kind: 'int4', block: GPU_BLOCK, ...how };
   };
-  const isFfnEven = isEven(config.ffnSize, tp, GPU_BLOCK);
-  const wide = int4(config.hiddenSize % GPU_BLOCK === 0);
+  const grid = device === 'cuda' ? CUDA_GRID : GPU_BLOCK;
+  const isFfnEven = isEven(config.ffnSize, tp, grid);
+  const wide = rounded(config.hiddenSize % grid === 0);
   const variant = {
     maxRows: Infinity,
     qkv: wide,
-    o: int4(config.headSize % GPU_BLOCK === 0),
+    o: rounded(config.headSize % grid === 0),
     gateUp: wide,
-    down: int4(isFfnEven),
+    down: rounded(isFfnEven),
   };
   return {
     variants: [variant],
     embedding: dense,
     head: dense,
-    ffnGrid: mode === 'int4' && isFfnEven ? GPU_BLOCK : 1,
+    ffnGrid: isRounded && isFfnEven ? grid : 1,
   };
 }
 
@@ -211,10 +221,13 @@ export function formBytes(form: WeightForm, outputs: number, inputs: number): nu
       return 2 * outputs * inputs;
     case 'int8':
       return outputs * inputs + 4 * outputs;
+    case 'int8Blocks':
+      return outputs * (inputs + 2 * Math.ceil(inputs / form.block));
     case 'int4': {
       const blockCount = Math.ceil(inputs / form.block);
       const scaleBytes = form.hasHalfScales === true ? 2 : 4;
-      return outputs * (blockCount * (form.block / 2 + scaleBytes) + Math.ceil(blockCount / 2));
+      const zeroBytes = form.isCentred === true ? 0 : Math.ceil(blockCount / 2);
+      return outputs * (blockCount * (form.block / 2 + scaleBytes) + zeroBytes);
     }
   }
 }

@@ -10,6 +10,7 @@ import { CaravanError } from '../proto/errors.js';
 import { refuseTooLittle } from '../worker/bound-device.js';
 import { OrtApi } from '../worker/ort-api.js';
 import { explain, providerOf } from '../worker/ort-provider.js';
+import { limitCublas } from '../worker/quick-products.js';
 import { withHostMemoryDevices } from './device-ranks.js';
 import { llama2Shapes } from './bench/shape-checkpoint.js';
 
@@ -130,13 +131,23 @@ void test('too little memory is said before anything is read: what was asked, wh
   await assert.rejects(connecting, isRefusal('out_of_memory', /needs .* are free/));
 });
 
+void test('cuBLAS is told to keep little memory, but where the user has said something', () => {
+  const silent: NodeJS.ProcessEnv = {};
+  limitCublas(silent);
+  assert.deepEqual(silent, { CUBLAS_WORKSPACE_CONFIG: ':16:8' });
+  const said = { CUBLAS_WORKSPACE_CONFIG: ':4096:2' };
+  limitCublas(said);
+  assert.deepEqual(said, { CUBLAS_WORKSPACE_CONFIG: ':4096:2' });
+});
+
 void test('each device has the weights that it has kernels for, and exactness is for the CPU', () => {
   const tiny = openCheckpoint(embeddedModelPath());
   const limits = { maxSeqLen: 64, maxBatchSize: 2, maxStepRows: 64, exact: false } as const;
   const plan = (device: string, weights: 'auto' | 'fp16' | 'int8' | 'fp32', exact = false) =>
     planGroup(tiny, 1, { ...limits, device, weights, exact });
   assert.throws(() => plan('cpu', 'fp16'), isRefusal('bad_usage', /--weights fp16: cpu takes/));
-  assert.throws(() => plan('cuda', 'int8'), isRefusal('bad_usage', /--weights int8: cuda takes/));
+  const refused = isRefusal('bad_usage', /--weights int8: webgpu takes fp32, fp16, int4$/);
+  assert.throws(() => plan('webgpu', 'int8'), refused);
   assert.throws(() => plan('cuda', 'fp32', true), isRefusal('bad_usage', /--exact: cuda/));
   assert.equal(plan('cuda:1', 'auto').weights, 'fp32');
   // Keys and values have 16 bits on CUDA.
@@ -148,11 +159,16 @@ void test("CUDA's 4 bits have blocks of 32, at every tp, and 16 bits where they 
     const { variants, head } = weightForms(llama2Shapes['70b'], tp, 'int4', false, 'cuda');
     const [{ qkv, o, gateUp, down }] = variants as [(typeof variants)[number]];
     for (const form of [qkv, o, gateUp, down]) {
-      assert.deepEqual(form, { kind: 'int4', block: 32, hasHalfScales: true });
+      assert.deepEqual(form, { kind: 'int4', block: 32, hasHalfScales: true, isCentred: true });
     }
     assert.deepEqual(head, { kind: 'fp16' });
   }
+  const [bytes] = weightForms(llama2Shapes['70b'], 8, 'int8', false, 'cuda').variants;
+  assert.deepEqual(bytes!.down, { kind: 'int8Blocks', block: 32 });
   const { config } = openCheckpoint(embeddedModelPath());
+  // Its network's 352 columns are 11 blocks of 32, and no multiple of 64.
+  const [tiny] = weightForms(config, 1, 'int4', false, 'cuda').variants;
+  assert.deepEqual([tiny!.qkv.kind, tiny!.down.kind], ['int4', 'fp16']);
   const [small] = weightForms(config, 1, 'int4', false, 'webgpu').variants;
   assert.equal(small!.o.kind, 'fp32', 'heads of 16 are no blocks of 32');
 });

@@ -12,7 +12,7 @@ const silent = { info: () => undefined, warn: () => undefined };
 
 export interface DeviceGroupLimits {
   readonly tp: number;
-  readonly weights: 'fp32' | 'fp16' | 'int4';
+  readonly weights: 'fp32' | 'fp16' | 'int8' | 'int4';
   readonly maxSeqLen: number;
   readonly maxBatchSize: number;
   readonly maxStepRows: number;

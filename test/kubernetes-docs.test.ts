@@ -37,7 +37,11 @@ const CARDS_GB = [24, 48, 80, 141];
 const USABLE = 0.9;
 
 /** Bytes of weights and KV that the fullest card holds. */
-function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [number, number] {
+function fullestCard(
+  config: LlamaConfig,
+  tp: number,
+  mode: 'fp16' | 'int8' | 'int4',
+): [number, number] {
   const forms = weightForms(config, tp, mode, false, 'cuda');
   const ranks = planRanks(config, tp, forms.ffnGrid).map((plan): [number, number] => {
     const kv = kvBytes(config, plan, POSITIONS, SLOTS, kvElementBytes('cuda', mode, 'auto'));
@@ -48,7 +52,7 @@ function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int4'): [n
 
 /** Rows of the table, as cells. */
 const sizes = models.flatMap(([name, config, tps]) =>
-  (['fp16', 'int4'] as const).flatMap((mode) =>
+  (['fp16', 'int8', 'int4'] as const).flatMap((mode) =>
     tps.map((tp) => {
       const [weights, kv] = fullestCard(config, tp, mode).map((bytes) => bytes / 1e9);
       const card = CARDS_GB.find((gigabytes) => USABLE * gigabytes >= weights! + kv!);

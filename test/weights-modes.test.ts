@@ -5,14 +5,15 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import { evaluate } from '../coordinator/evaluation.js';
-import { planGroup, type GroupLimits } from '../coordinator/group-spec.js';
+import { planGroup, type GroupLimits, type GroupSpec } from '../coordinator/group-spec.js';
 import { openModelTokenizer } from '../coordinator/model-tokenizer.js';
 import { packageRoot } from '../coordinator/package-root.js';
 import { embeddedModelPath, openCheckpoint } from '../model/checkpoint.js';
 import type { LlamaConfig } from '../model/config.js';
 import { legalTps, planRanks } from '../model/plan.js';
-import { weightForms, type WeightForm, type WeightsMode } from '../model/weights.js';
+import { weightForms, weightsCodes, type WeightForm, type WeightsMode } from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
+import type { Weights } from '../proto/gen/cluster.js';
 import { emptyLinear, type Linear } from '../worker/linear.js';
 import { Ort } from '../worker/ort.js';
 import { Quantizer } from '../worker/quantizer.js';
@@ -36,12 +37,16 @@ function valueOf(linear: Linear, output: number, input: number) {
       return linear.values[output * linear.inputs + input]!;
     case 'int8':
       return linear.values[input * linear.outputs + output]! * linear.scales[output]!;
+    case 'int8Blocks': {
+      const at = output * linear.inputs + input;
+      return (linear.values[at]! - 128) * linear.scales[Math.floor(at / linear.block)]!;
+    }
     case 'int4': {
       const at = output * linear.inputs + input;
       const nibble = (linear.values[at >> 1]! >> (4 * (at & 1))) & 15;
       const blocks = linear.inputs / linear.block;
       const block = Math.floor(input / linear.block);
-      const pair = linear.zeros[output * Math.ceil(blocks / 2) + (block >> 1)]!;
+      const pair = linear.zeros?.[output * Math.ceil(blocks / 2) + (block >> 1)] ?? 0x88;
       const zero = (pair >> (4 * (block & 1))) & 15;
       return (nibble - zero) * linear.scales[output * blocks + block]!;
     }
@@ -53,11 +58,14 @@ const forms: readonly WeightForm[] = [
   { kind: 'int8' },
   { kind: 'int4', block: 32 },
   { kind: 'int4', block: 128 },
+  { kind: 'int4', block: 32, isCentred: true },
+  { kind: 'int8Blocks', block: 32 },
 ];
 
 for (const form of forms) {
-  const name = form.kind === 'int4' ? `int4 in blocks of ${form.block}` : form.kind;
-  void test(`${name}: every weight is within its step of what it was`, () => {
+  const isCentred = form.kind === 'int4' && form.isCentred === true;
+  const name = 'block' in form ? `${form.kind} in blocks of ${form.block}` : form.kind;
+  void test(`${name}${isCentred ? ' around 8' : ''}: every weight is within its step of what it was`, () => {
     const random = new Random(1);
     const [outputs, inputs] = [77, 256];
     const rows = Float32Array.from({ length: outputs * inputs }, () => random.next() - 0.3);
@@ -71,10 +79,11 @@ for (const form of forms) {
     ] as const) {
       quantizer.write(matrix, rows.subarray(first * inputs), first, count);
     }
-    const block = form.kind === 'int4' ? form.block : inputs;
+    const block = 'block' in form ? form.block : inputs;
     // Half a step. With 4 bits a step is an eighth of the largest, and zero may lie half a step off, or the weight
     // opposite to the largest be cut off by a whole one.
-    const steps = { fp32: 0, fp16: 0, int8: 0.5 / 127, int4: 1 / 7.5 }[form.kind];
+    const eight = 0.5 / 127;
+    const steps = { fp32: 0, fp16: 0, int8: eight, int8Blocks: eight, int4: 1 / 7.5 }[form.kind];
     let [lost, size] = [0, 0];
     for (let output = 0; output < outputs; output += 1) {
       for (let input = 0; input < inputs; input += 1) {
@@ -88,7 +97,7 @@ for (const form of forms) {
         size += rows[output * inputs + input]! ** 2;
       }
     }
-    if (form.kind !== 'int4') return;
+    if (form.kind !== 'int4' || isCentred) return;
     const [told, seen] = [quantizer.errorOf(rows, block), Math.sqrt(lost / size)];
     assert.ok(told > 0.03 && Math.abs(told / seen - 1) < 1e-5, `${told} told, ${seen} seen`);
     assert.equal(quantizer.errorOf(new Float32Array(4 * block), block), 0);
@@ -269,6 +278,20 @@ void test('auto takes the fastest that fits, and exactness refuses what cannot b
   assert.equal(both.weights, 'int4+int8');
   assert.equal(planGroup(large, 2, limits, both.neededBytes).weights, 'int4');
   assert.equal(planGroup(large, 2, { ...limits, exact: true }).weights, 'int8');
+  // A device's rank refuses what does not fit, and is asked for less.
+  for (const [device, modes] of [
+    ['webgpu', ['fp16', 'int4']],
+    ['cuda', ['fp16', 'int8', 'int4']],
+  ] as const) {
+    const asked: Weights[] = [];
+    let spec: GroupSpec | null = planGroup(large, 2, { ...limits, device }).spec;
+    for (; spec !== null; spec = spec.smaller) asked.push(spec.weights);
+    assert.deepEqual(
+      asked,
+      modes.map((mode) => weightsCodes[mode]),
+      device,
+    );
+  }
   assert.throws(
     () => planGroup(large, 2, { ...limits, weights: 'int4+int8', exact: true }),
     (error) => error instanceof CaravanError && /int4\+int8.*--exact/.test(error.message),

@@ -3,7 +3,7 @@
  * which counts on subgroups of a size that not every driver has (software Vulkan's have 4): what it gives is compared
  * with what the same rows give in two parts.
  */
-import type { DeviceShape } from './device-graph.js';
+import type { DeviceShape } from './device-graph-builder.js';
 import { Made, type Bound } from './device-runs.js';
 import { GraphBuilder, int, MICROSOFT } from './graph-builder.js';
 import { elementType } from './ort.js';

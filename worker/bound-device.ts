@@ -17,20 +17,32 @@ import type {
   LoadTerms,
   OpenPass,
 } from './device.js';
+import type { DeviceShape } from './device-graph-builder.js';
 import { DeviceKv } from './device-kv.js';
 import { DevicePass } from './device-pass.js';
 import { DeviceShard, deviceShape, type MatrixSource } from './device-shard.js';
 import { DeviceWorkspace } from './device-workspace.js';
+import { HalfNarrower } from './half-widener.js';
 import { elementType, type Ort } from './ort.js';
 import { CudaRuntime } from './ort-cuda.js';
 import { OrtDevice } from './ort-device.js';
 import { providerOf } from './ort-provider.js';
+import { limitCublas } from './quick-products.js';
 import type { StreamExchange } from './stream-exchange.js';
 import type { WeightsOrigin } from './weight-cache.js';
 import { WeightLoader } from './weight-loader.js';
 
-/** What is left to sessions: products' own memory, and what the runtime keeps. */
-export const SESSION_BYTES = 768 * 2 ** 20;
+/** What is left to the sessions that all layers share: products' own memory, and what the runtime keeps. */
+const SHARED_SESSION_BYTES = 768 * 2 ** 20;
+/** What a layer's own three take beside its weights: 12 to 15 MB each on an H200. */
+const LAYER_SESSION_BYTES = 3 * 15 * 2 ** 20;
+
+/** What is left to sessions, beside their weights. */
+export const sessionBytes = ({
+  config,
+  hasFixedWeights,
+}: Pick<DeviceShape, 'config' | 'hasFixedWeights'>): number =>
+  SHARED_SESSION_BYTES + (hasFixedWeights ? config.layerCount * LAYER_SESSION_BYTES : 0);
 
 export class BoundDevice implements Device {
   readonly name: string;
@@ -77,6 +89,7 @@ export class BoundDevice implements Device {
     this.#ort = ort;
     this.#memoryLimit = memoryLimit;
     this.#attentionRows = attentionRows;
+    if (name.kind === 'cuda') limitCublas();
     this.#cuda = name.kind === 'cuda' ? CudaRuntime.open(name.index) : null;
     const provider = providerOf(name, { memoryLimit, stream: this.#cuda?.stream ?? null });
     this.#directMemory = directMemory ?? this.#cuda;
@@ -144,7 +157,7 @@ export class BoundDevice implements Device {
       refuseTooLittle(this.name, memory, {
         weightBytes: weightBytes(config, plan, forms) - tiedBytes,
         kvBytes: kvOf(limits),
-        sessionBytes: SESSION_BYTES,
+        sessionBytes: sessionBytes(shape),
         isSmallest: forms.variants[0]!.gateUp.kind === 'int4',
       });
     }
@@ -156,7 +169,8 @@ export class BoundDevice implements Device {
       attentionRows = isUnknown
         ? mostAttentionRows(device, shape)
         : (this.#attentionRows ?? Infinity);
-      shard = await DeviceShard.load(device, shape, forms, source);
+      const halves = new HalfNarrower(this.#ort);
+      shard = await DeviceShard.load(device, shape, forms, source, halves);
     } catch (error) {
       throw withoutHalves(this.name, error);
     }

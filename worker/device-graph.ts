@@ -7,140 +7,30 @@
  *   h, partials ─> ffn ─> h', partial
  *   h, partials ─> head ─> logits, the k largest of them, sums of exponentials
  *
+ * CUDA's quick products want weights that are part of the graph. Then every layer has graphs of its own, and attention is
+ * in three parts, of which the middle one, with as many forms as steps have, has no weights and serves all layers:
+ *
+ *   h, partials ─> enter (norm, qkv) ─> h', qkv
+ *   qkv ─> attend (rotary, a GroupQueryAttention a group) ─> attended
+ *   attended ─> leave (o) ─> partial
+ *
+ * What is computed on the way is an output there, so that all layers write it to the same place: a session that kept
+ * memory of its own for it would take it once a layer.
+ *
  * Activations are (1, rows, width) as on the host.
  */
-import type { LlamaConfig } from '../model/config.js';
-import type { RankPlan } from '../model/plan.js';
-import type { WeightForm } from '../model/weights.js';
+import { DeviceGraphBuilder, type DeviceShape, type MatrixShape } from './device-graph-builder.js';
 import { float, GraphBuilder, int, MICROSOFT, type Graph } from './graph-builder.js';
-import { elementType, type ElementType } from './ort.js';
+import { elementType } from './ort.js';
 import { cutInput, rowCuts, type GroupRange } from './row-cuts.js';
 
-const { float32, float16, uint8, int32, int64 } = elementType;
-
-/** What all graphs of a rank on a device have in common. */
-export interface DeviceShape {
-  readonly config: LlamaConfig;
-  readonly plan: RankPlan;
-  /** Of activations, partials and dense weights. */
-  readonly activations: ElementType;
-  /** Of keys and values, and of what attention computes with. */
-  readonly attention: ElementType;
-  /** Products with transposed weights in one node, which WebGPU lacks. */
-  readonly hasFusedProducts: boolean;
-  /** Total lengths of attention over single rows are rounded up to multiples of this. */
-  readonly lengthStep: number;
-  /** Of the layers' dense matrices. */
-  readonly isInputsFirst: boolean;
-}
-
-/** A matrix among a graph's inputs. */
-export interface MatrixShape {
-  readonly form: WeightForm;
-  readonly outputs: number;
-  readonly inputs: number;
-  /** Dense ones lie as (inputs, outputs) where the device multiplies few rows faster so. */
-  readonly isInputsFirst: boolean;
-}
+const { float32, float16, int32, int64 } = elementType;
 
 /**
  * `slots`: neighbouring slots with one row each. `rows`: one slot with any number of rows. `moreRows`: those that follow in
  * the slot of the group before.
  */
 export type GroupKind = 'slots' | 'rows' | 'moreRows';
-
-class DeviceGraphBuilder extends GraphBuilder {
-  readonly #shape: DeviceShape;
-
-  constructor(shape: DeviceShape) {
-    super();
-    this.#shape = shape;
-  }
-
-  /** y = x · Wᵀ, of weights that are inputs `${name}.weight` and, with 4 bits, `.scales` and `.zeros`. */
-  product(x: string, name: string, matrix: MatrixShape, y: string): void {
-    const { form, outputs, inputs, isInputsFirst } = matrix;
-    const { activations, hasFusedProducts } = this.#shape;
-    if (form.kind === 'int4') {
-      const { block } = form;
-      const blocks = inputs / block;
-      this.input(`${name}.weight`, uint8, [outputs, blocks, block / 2]);
-      this.input(`${name}.scales`, activations, [outputs * blocks]);
-      this.input(`${name}.zeros`, uint8, [outputs * Math.ceil(blocks / 2)]);
-      this.node(
-        'MatMulNBits',
-        [x, `${name}.weight`, `${name}.scales`, `${name}.zeros`],
-        [y],
-        [int('K', inputs), int('N', outputs), int('bits', 4), int('block_size', block)],
-        MICROSOFT,
-      );
-      return;
-    }
-    if (isInputsFirst) {
-      this.input(`${name}.weight`, activations, [inputs, outputs]);
-      this.node('MatMul', [x, `${name}.weight`], [y]);
-      return;
-    }
-    this.input(`${name}.weight`, activations, [outputs, inputs]);
-    if (hasFusedProducts) {
-      this.node('FusedMatMul', [x, `${name}.weight`], [y], [int('transB', 1)], MICROSOFT);
-      return;
-    }
-    this.reshape(x, [-1, inputs], `${y}.in`);
-    this.node('Gemm', [`${y}.in`, `${name}.weight`], [`${y}.out`], [int('transB', 1)]);
-    this.reshape(`${y}.out`, [1, -1, outputs], y);
-  }
-
-  reshape(x: string, shape: readonly number[], y: string): void {
-    this.node('Reshape', [x, this.integers(`${y}.shape`, shape)], [y]);
-  }
-
-  cast(x: string, from: ElementType, to: ElementType, y: string): string {
-    if (from === to) return x;
-    this.node('Cast', [x], [y], [int('to', to)]);
-    return y;
-  }
-
-  /** Declares the residual stream h and all partials; gives norm(h + Σ partials) as `x`, and the sum as `newH`. */
-  residual(newH: string): void {
-    const { h, partials } = this.residualInputs();
-    this.normed(h, partials, newH);
-  }
-
-  residualInputs(): { h: string; partials: string[] } {
-    const { config, plan, activations } = this.#shape;
-    const shape = [1, 'rows', config.hiddenSize];
-    const h = this.input('h', activations, shape);
-    const names = Array.from({ length: plan.tp }, (_, rank) =>
-      this.input(`partial.${rank}`, activations, shape),
-    );
-    return { h, partials: names };
-  }
-
-  normed(h: string, partials: readonly string[], newH: string): void {
-    const { config, activations } = this.#shape;
-    const gamma = this.input('gamma', activations, [config.hiddenSize]);
-    const delta = this.sumPartials(partials);
-    this.node(
-      'SkipSimplifiedLayerNormalization',
-      [h, delta, gamma],
-      newH === '' ? ['x'] : ['x', '', '', newH],
-      [float('epsilon', config.normEps)],
-      MICROSOFT,
-    );
-    if (newH !== '') this.output(newH, activations, [1, 'rows', config.hiddenSize]);
-  }
-
-  /** Declares what a product called `partial` has given. */
-  partialOutput(): void {
-    const { config, activations } = this.#shape;
-    this.output('partial', activations, [1, 'rows', config.hiddenSize]);
-  }
-
-  split(x: string, widths: readonly number[], names: readonly string[]): void {
-    this.node('Split', [x, this.integers(`${x}.widths`, widths)], names, [int('axis', -1)]);
-  }
-}
 
 /**
  * Attention of a layer, over all rows of a step. `groups` says how many runs of GroupQueryAttention there are, and of which
@@ -151,14 +41,61 @@ export function deviceAttentionGraph(
   { qkv, o }: { readonly qkv: MatrixShape; readonly o: MatrixShape },
   groups: readonly GroupKind[],
 ): Graph {
-  const { config, activations, attention } = shape;
   const graph = new DeviceGraphBuilder(shape);
   graph.residual('newH');
+  graph.product('x', 'qkv', qkv, 'qkv');
+  graph.product(attendAll(graph, shape, groups), 'o', o, 'partial');
+  graph.partialOutput();
+  return graph.finish();
+}
+
+/** What comes before attention, of one layer: output `qkv` (1, rows, outputs). */
+export function deviceEnterGraph(shape: DeviceShape, qkv: MatrixShape): Graph {
+  const graph = new DeviceGraphBuilder(shape);
+  graph.residual('newH');
+  graph.product('x', 'qkv', qkv, 'qkv');
+  graph.along('qkv', qkv.outputs);
+  return graph.finish();
+}
+
+/**
+ * Attention itself, of any layer: input `qkv` as `deviceEnterGraph` gives it; the last output is what `deviceLeaveGraph`
+ * takes, but of slots alone, which is (batch, 1, width).
+ */
+export function deviceAttendGraph(shape: DeviceShape, groups: readonly GroupKind[]): Graph {
+  const { config, plan, activations } = shape;
+  const graph = new DeviceGraphBuilder(shape);
+  graph.input('qkv', activations, [1, 'rows', qkvWidth(shape)]);
+  const all = attendAll(graph, shape, groups, true);
+  const width = plan.queryHeads.count * config.headSize;
+  graph.output(all, activations, ['batch', 'length', width]);
+  return graph.finish();
+}
+
+/** What comes after attention, of one layer. */
+export function deviceLeaveGraph(shape: DeviceShape, o: MatrixShape): Graph {
+  const graph = new DeviceGraphBuilder(shape);
+  graph.input('attended', shape.activations, [1, 'rows', o.inputs]);
+  graph.product('attended', 'o', o, 'partial');
+  graph.partialOutput();
+  return graph.finish();
+}
+
+const qkvWidth = ({ config, plan }: DeviceShape): number =>
+  (plan.queryHeads.count + 2 * plan.kvHeads.count) * config.headSize;
+
+/** Attention over all groups of rows of `qkv`, joined; `isRaw` leaves the slots of one alone. @returns what it is called. */
+function attendAll(
+  graph: DeviceGraphBuilder,
+  shape: DeviceShape,
+  groups: readonly GroupKind[],
+  isRaw = false,
+): string {
+  const { config, plan, activations, attention } = shape;
   graph.input('cos', activations, ['capacity', config.headSize / 2]);
   graph.input('sin', activations, ['capacity', config.headSize / 2]);
-  graph.product('x', 'qkv', qkv, 'qkv');
   const operands = isPacked(shape)
-    ? [{ name: 'qkv', width: qkv.outputs }]
+    ? [{ name: 'qkv', width: qkvWidth(shape) }]
     : rotatedOperands(graph, shape);
   const cuts = rowCuts({ first: 0, count: groups.length });
   const nameOf = (whole: string, { first, count }: GroupRange): string => {
@@ -179,7 +116,10 @@ export function deviceAttentionGraph(
       graph.reshape(part, [-1, 1, width], `${name}.slots.${g}`);
       return `${name}.slots.${g}`;
     });
-    return attend(graph, shape, rows, kind, g);
+    const name = attend(graph, shape, rows, kind, g);
+    if (kind !== 'slots' || (isRaw && groups.length === 1)) return name;
+    graph.reshape(name, [1, -1, plan.queryHeads.count * config.headSize], `attended.rows.${g}`);
+    return `attended.rows.${g}`;
   });
   for (const cut of cuts.reverse()) {
     const parts = cut.parts.map((part) =>
@@ -187,11 +127,8 @@ export function deviceAttentionGraph(
     );
     graph.node('Concat', parts, [nameOf('attended', cut)], [int('axis', 1)]);
   }
-  let all = attended.length > 1 ? 'attended' : attended[0]!;
-  all = graph.cast(all, attention, activations, 'attended.cast');
-  graph.product(all, 'o', o, 'partial');
-  graph.partialOutput();
-  return graph.finish();
+  const all = attended.length > 1 ? 'attended' : attended[0]!;
+  return graph.cast(all, attention, activations, 'attended.cast');
 }
 
 /**
@@ -259,11 +196,11 @@ function attend(
     MICROSOFT,
   );
   for (const name of ['newKeys', 'newValues']) graph.output(`${name}.${g}`, attention, cache);
-  if (kind !== 'slots') return `attended.${g}`;
-  const width = plan.queryHeads.count * config.headSize;
-  graph.reshape(`attended.${g}`, [1, -1, width], `attended.rows.${g}`);
-  return `attended.rows.${g}`;
+  return `attended.${g}`;
 }
+
+/** What a network computes between its norm and its partial: (1, rows, ffn). */
+export const ffnSteps = ['gate', 'up', 'gate.silu', 'gated'] as const;
 
 /** The feed-forward network of a layer. */
 export function deviceFfnGraph(
@@ -272,6 +209,7 @@ export function deviceFfnGraph(
 ): Graph {
   const graph = new DeviceGraphBuilder(shape);
   graph.residual('newH');
+  if (shape.hasFixedWeights) for (const name of ffnSteps) graph.along(name, gate.outputs);
   graph.product('x', 'gate', gate, 'gate');
   graph.product('x', 'up', up, 'up');
   // x · sigmoid(x)

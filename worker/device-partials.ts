@@ -3,7 +3,7 @@
  * Either each rank reads its peers' where they lie, or ours are copied to the host for the exchange, and theirs from it.
  */
 import type { AllReduce, Turn } from './all-reduce.js';
-import type { DeviceShape } from './device-graph.js';
+import type { DeviceShape } from './device-graph-builder.js';
 import { runAll, type Made } from './device-runs.js';
 import { PARTIAL_BUFFERS, type PartialBuffer } from './direct-memory.js';
 import { elementType } from './ort.js';

@@ -11,11 +11,15 @@ import {
   type TensorSlice,
 } from '../model/plan.js';
 import { weightBytes, type WeightForm, type WeightForms } from '../model/weights.js';
-import type { DeviceShape, MatrixShape } from './device-graph.js';
+import { deviceEnterGraph, deviceFfnGraph, deviceLeaveGraph } from './device-graph.js';
+import type { DeviceShape, MatrixShape } from './device-graph-builder.js';
 import { CAPTURED_LENGTHS } from './device-launch.js';
+import type { Graph } from './graph-builder.js';
+import type { HalfNarrower } from './half-widener.js';
 import type { Linear } from './linear.js';
 import { elementType, type ElementType } from './ort.js';
 import type { DeviceTensor } from './device-tensor.js';
+import type { DeviceSession } from './ort-binding.js';
 import type { OrtDevice } from './ort-device.js';
 import type { Provider } from './ort-provider.js';
 
@@ -33,9 +37,19 @@ export interface MatrixSource {
   close(): void;
 }
 
-/** A matrix on the device: its weights and, with 4 bits, scales and zeros, by the names of a graph's inputs. */
-export interface DeviceMatrix extends MatrixShape {
+/**
+ * A matrix on the device: its weights and, with 4 bits, scales and zeros, by the names of a graph's inputs; none where they
+ * are in the graph.
+ */
+export interface DeviceMatrix extends Omit<MatrixShape, 'fixed'> {
   readonly tensors: ReadonlyMap<'weight' | 'scales' | 'zeros', DeviceTensor>;
+}
+
+/** What a layer computes with weights of its own, where they are in its graphs. */
+export interface LayerSessions {
+  readonly enter: DeviceSession;
+  readonly leave: DeviceSession;
+  readonly ffn: DeviceSession;
 }
 
 export interface DeviceLayer {
@@ -46,6 +60,7 @@ export interface DeviceLayer {
   readonly gate: DeviceMatrix;
   readonly up: DeviceMatrix;
   readonly down: DeviceMatrix;
+  readonly sessions: LayerSessions | null;
 }
 
 export class DeviceShard {
@@ -81,7 +96,8 @@ export class DeviceShard {
   }
 
   /**
-   * Reads this rank's slices and puts them on the device, a matrix at a time: the host holds no more than one.
+   * Reads this rank's slices and puts them on the device, a matrix at a time: the host holds no more than one, or those of
+   * a graph that they are part of.
    *
    * @param source is closed at the end.
    * @throws CaravanError `invalid_checkpoint`, `out_of_memory`, or `cancelled` when the source's signal aborts.
@@ -91,9 +107,10 @@ export class DeviceShard {
     shape: DeviceShape,
     forms: WeightForms,
     source: MatrixSource,
+    halves: HalfNarrower,
   ): Promise<DeviceShard> {
     const { config, plan } = shape;
-    const loading = new Loading(device, shape, source);
+    const loading = new Loading(device, shape, source, halves);
     try {
       const slices = slicesOf(config, plan);
       const { embedding, tiedHead } = await loading.vocabulary(slices);
@@ -111,16 +128,21 @@ export class DeviceShard {
       });
     } catch (error) {
       device.release(...loading.tensors);
+      for (const session of loading.sessions) session.release();
       throw error;
     } finally {
       source.close();
+      halves.release();
       device.endUploads();
     }
   }
 
   release(): void {
-    for (const { attentionNorm, ffnNorm, qkv, o, gate, up, down } of this.layers) {
+    for (const { attentionNorm, ffnNorm, qkv, o, gate, up, down, sessions } of this.layers) {
       this.#device.release(attentionNorm, ffnNorm);
+      if (sessions !== null) {
+        for (const own of [sessions.enter, sessions.leave, sessions.ffn]) own.release();
+      }
       for (const { tensors } of [qkv, o, gate, up, down]) this.#device.release(...tensors.values());
     }
     this.#device.release(this.norm, ...this.head.tensors.values(), this.embedding);
@@ -144,26 +166,39 @@ export function deviceShape(
     isInputsFirst: kind === 'cuda',
     lengthStep: kind === 'cuda' ? CAPTURED_LENGTHS : 1,
     hasFusedProducts: provider.hasFusedProducts,
+    hasSums: kind === 'cuda',
+    hasFixedWeights: forms.variants.some((variant) =>
+      [variant.qkv, variant.o, variant.gateUp, variant.down].some(isFixed),
+    ),
   };
 }
+
+const isFixed = (form: WeightForm): boolean =>
+  form.kind === 'int8Blocks' || (form.kind === 'int4' && form.isCentred === true);
+
+type BlockedLinear = Extract<Linear, { kind: 'int4' | 'int8Blocks' }>;
+
+/** A matrix, with the weights that the graph which it is part of is to have in it. */
+type LoadedMatrix = MatrixShape & DeviceMatrix;
 
 /** What has been put on the device so far. */
 class Loading {
   readonly tensors: DeviceTensor[] = [];
+  readonly sessions: DeviceSession[] = [];
   readonly #device: OrtDevice;
+  readonly #shape: DeviceShape;
   readonly #activations: ElementType;
-  readonly #isInputsFirst: boolean;
   readonly #source: MatrixSource;
+  readonly #halves: HalfNarrower;
+  /** What the next graph has in it. */
+  readonly #lent: Linear[] = [];
 
-  constructor(
-    device: OrtDevice,
-    { activations, isInputsFirst }: DeviceShape,
-    source: MatrixSource,
-  ) {
+  constructor(device: OrtDevice, shape: DeviceShape, source: MatrixSource, halves: HalfNarrower) {
     this.#device = device;
-    this.#activations = activations;
-    this.#isInputsFirst = isInputsFirst;
+    this.#shape = shape;
+    this.#activations = shape.activations;
     this.#source = source;
+    this.#halves = halves;
   }
 
   /** The embedding's table, and the head if it has the same weights: they are read once, and lie in one place. */
@@ -190,18 +225,34 @@ class Loading {
     slices: LayerSlices,
     forms: Readonly<Record<'qkv' | 'o' | 'gateUp' | 'down', WeightForm>>,
   ): Promise<DeviceLayer> {
-    const isInputsFirst = this.#isInputsFirst;
+    const shape = this.#shape;
+    const { isInputsFirst } = shape;
     const matrix = (form: WeightForm, ...parts: TensorSlice[]) =>
       this.matrix({ form, isInputsFirst }, ...parts);
+    const attentionNorm = await this.vector(slices.attentionNorm);
+    const qkv = await matrix(forms.qkv, slices.q, slices.k, slices.v);
+    const enter = this.#open(() => deviceEnterGraph(shape, qkv));
+    const o = await matrix(forms.o, slices.o);
+    const leave = this.#open(() => deviceLeaveGraph(shape, o));
+    const ffnNorm = await this.vector(slices.ffnNorm);
+    const gate = await matrix(forms.gateUp, slices.gate);
+    const up = await matrix(forms.gateUp, slices.up);
+    const down = await matrix(forms.down, slices.down);
+    const ffn = this.#open(() => deviceFfnGraph(shape, { gate, up, down }));
     return {
-      attentionNorm: await this.vector(slices.attentionNorm),
-      qkv: await matrix(forms.qkv, slices.q, slices.k, slices.v),
-      o: await matrix(forms.o, slices.o),
-      ffnNorm: await this.vector(slices.ffnNorm),
-      gate: await matrix(forms.gateUp, slices.gate),
-      up: await matrix(forms.gateUp, slices.up),
-      down: await matrix(forms.down, slices.down),
+      ...{ attentionNorm, ffnNorm },
+      ...{ qkv: placed(qkv), o: placed(o), gate: placed(gate), up: placed(up), down: placed(down) },
+      sessions: enter && leave && ffn && { enter, leave, ffn },
     };
+  }
+
+  /** The session of a graph of this layer alone, which from then on has the weights that were lent; null where all share. */
+  #open(graph: () => Graph): DeviceSession | null {
+    if (!this.#shape.hasFixedWeights) return null;
+    const session = this.#device.session(graph());
+    this.sessions.push(session);
+    for (const linear of this.#lent.splice(0)) this.#source.giveBack(linear);
+    return session;
   }
 
   async vector(slice: TensorSlice): Promise<DeviceTensor> {
@@ -212,11 +263,19 @@ class Loading {
   async matrix(
     how: Pick<MatrixShape, 'form' | 'isInputsFirst'>,
     ...parts: TensorSlice[]
-  ): Promise<DeviceMatrix> {
+  ): Promise<LoadedMatrix> {
     const [linear] = await this.#source.matrix([how.form], ...parts);
+    if (isFixed(how.form)) return this.#lend(how, linear as BlockedLinear);
     const matrix = this.put(how, linear!);
     this.#source.giveBack(linear!);
     return matrix;
+  }
+
+  #lend(how: Pick<MatrixShape, 'form' | 'isInputsFirst'>, linear: BlockedLinear): LoadedMatrix {
+    this.#lent.push(linear);
+    const { outputs, inputs, values } = linear;
+    const fixed = { values, scales: this.#halves.narrow(linear.scales) };
+    return { ...how, outputs, inputs, fixed, tensors: new Map() };
   }
 
   put(
@@ -232,9 +291,8 @@ class Loading {
       tensors.set('weight', this.#keep(upload(linear.values, shape)));
       const { scales, zeros } = linear;
       tensors.set('scales', this.#keep(upload(scales, [outputs * blocks], this.#activations)));
-      tensors.set('zeros', this.#keep(upload(zeros, [zeros.length])));
+      if (zeros !== null) tensors.set('zeros', this.#keep(upload(zeros, [zeros.length])));
     } else {
-      // Devices have no 8-bit weights.
       const values = linear.values as Float32Array;
       const weight = isInputsFirst
         ? this.#device.uploadTransposed(values, [outputs, inputs], this.#activations)
@@ -249,3 +307,8 @@ class Loading {
     return tensor;
   }
 }
+
+/** Without the weights that a graph has now. */
+const placed = ({ form, outputs, inputs, isInputsFirst, tensors }: LoadedMatrix): DeviceMatrix => ({
+  ...{ form, outputs, inputs, isInputsFirst, tensors },
+});

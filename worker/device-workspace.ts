@@ -3,16 +3,10 @@
  * and, for each shape of a step, its runs with all inputs and outputs in place.
  */
 import type { AllReduce } from './all-reduce.js';
-import {
-  deviceAttentionGraph,
-  deviceEmbeddingGraph,
-  deviceFfnGraph,
-  deviceHeadGraph,
-  deviceRowGraph,
-  type GroupKind,
-} from './device-graph.js';
+import { deviceEmbeddingGraph, deviceHeadGraph, deviceRowGraph } from './device-graph.js';
 import type { DeviceKv } from './device-kv.js';
-import type { DeviceMatrix, DeviceShard } from './device-shard.js';
+import { DeviceLayers, matrixInputs } from './device-layers.js';
+import type { DeviceShard } from './device-shard.js';
 import { elementType } from './ort.js';
 import { Kept, Made, type Bound, type HeadRuns, type StepRuns } from './device-runs.js';
 import type { DeviceSession } from './ort-binding.js';
@@ -42,10 +36,8 @@ export class DeviceWorkspace {
     readonly sin: DeviceTensor;
     readonly logits: DeviceTensor;
   };
-  /** By groups' kinds. */
-  readonly #attentionSessions = new Map<string, DeviceSession>();
+  readonly #layers: DeviceLayers;
   readonly #embed: DeviceSession;
-  readonly #ffn: DeviceSession;
   readonly #head: DeviceSession;
   readonly #row: DeviceSession;
   readonly #steps = new Kept<StepRuns>();
@@ -83,10 +75,9 @@ export class DeviceWorkspace {
       logits: device.allocate(float32, [1, maxRows, plan.vocab.count]),
     };
     this.#partials = new DevicePartials(device, shape, maxRows, allReduce);
-    const { head, layers } = shard;
+    this.#layers = new DeviceLayers(device, shard, maxRows);
     this.#embed = device.session(deviceEmbeddingGraph(shape));
-    this.#ffn = device.session(deviceFfnGraph(shape, layers[0]!));
-    this.#head = device.session(deviceHeadGraph(shape, head));
+    this.#head = device.session(deviceHeadGraph(shape, shard.head));
     this.#row = device.session(deviceRowGraph(shape));
   }
 
@@ -143,23 +134,8 @@ export class DeviceWorkspace {
     this.#heads.release();
     this.#device.release(...Object.values(this.#buffers));
     this.#partials.release();
-    for (const session of this.#attentionSessions.values()) session.release();
-    for (const session of [this.#embed, this.#ffn, this.#head, this.#row]) session.release();
-  }
-
-  #attentionSession(groups: readonly AttentionGroup[]): DeviceSession {
-    const kinds = groups.map((group, g): GroupKind => {
-      if (group.batch > 1) return 'slots';
-      return groups[g - 1]?.firstSlot === group.firstSlot ? 'moreRows' : 'rows';
-    });
-    const key = kinds.join();
-    let session = this.#attentionSessions.get(key);
-    if (session === undefined) {
-      const graph = deviceAttentionGraph(this.#shard.shape, this.#shard.layers[0]!, kinds);
-      session = this.#device.session(graph);
-      this.#attentionSessions.set(key, session);
-    }
-    return session;
+    this.#layers.release();
+    for (const session of [this.#embed, this.#head, this.#row]) session.release();
   }
 
   #bindStep(rowCount: number, groups: readonly AttentionGroup[]): StepRuns {
@@ -174,7 +150,6 @@ export class DeviceWorkspace {
       afterAttention: rows(this.#buffers.afterAttention),
       afterFfn: rows(this.#buffers.afterFfn),
     };
-    const session = this.#attentionSession(groups);
     const small = smallArrays(made, device, 'in', [
       { type: int64, shape: [1, rowCount] },
       { type: int64, shape: [1, rowCount] },
@@ -201,70 +176,45 @@ export class DeviceWorkspace {
     });
     const addends = (buffer: PartialBuffer): [string, Bound][] =>
       partials.tensors[buffer]!.map((tensor, rank) => [`partial.${rank}`, tensor]);
-    const own = (buffer: PartialBuffer): [string, Bound] => [
-      'partial',
-      partials.tensors[buffer]![plan.rank]!,
-    ];
-    const kv = groups.map((group) => this.#kv.view(group.firstSlot, group.batch));
-    const attention = this.#shard.layers.map((layer, l) => {
-      const values = new Map<string, Bound>([
-        ...common,
-        ['h', l === 0 ? h.zeros : h.afterFfn],
-        ...addends(l === 0 ? partialBuffer.embedding : partialBuffer.ffn),
-        ['gamma', layer.attentionNorm],
-        ...matrixInputs('qkv', layer.qkv),
-        ...matrixInputs('o', layer.o),
-        ['newH', h.afterAttention],
-        own(partialBuffer.attention),
-      ]);
-      kv.forEach((views, g) => {
-        const { keys, values: kept } = views[l]!;
-        for (const name of ['keys', 'newKeys']) values.set(`${name}.${g}`, keys);
-        for (const name of ['values', 'newValues']) values.set(`${name}.${g}`, kept);
-      });
-      return made.bind(session, values);
+    const own = (buffer: PartialBuffer): Bound => partials.tensors[buffer]![plan.rank]!;
+    const layers = this.#layers.bind(made, rowCount, groups, {
+      ...h,
+      embedded: addends(partialBuffer.embedding),
+      attended: addends(partialBuffer.attention),
+      fed: addends(partialBuffer.ffn),
+      ownAttended: own(partialBuffer.attention),
+      ownFed: own(partialBuffer.ffn),
+      common,
+      caches: groups.map((group) => this.#kv.view(group.firstSlot, group.batch)),
     });
-    const ffn = this.#shard.layers.map((layer) =>
-      made.bind(
-        this.#ffn,
-        new Map<string, Bound>([
-          ['h', h.afterAttention],
-          ...addends(partialBuffer.attention),
-          ['gamma', layer.ffnNorm],
-          ...matrixInputs('gate', layer.gate),
-          ...matrixInputs('up', layer.up),
-          ...matrixInputs('down', layer.down),
-          ['newH', h.afterFfn],
-          own(partialBuffer.ffn),
-        ]),
-      ),
-    );
     const embed = made.bind(
       this.#embed,
       new Map<string, Bound>([
         ['table', this.#shard.embedding],
         ['tokens', tokens.tensor],
-        own(partialBuffer.embedding),
+        ['partial', own(partialBuffer.embedding)],
       ]),
     );
-    const layers = attention.flatMap((run, l) => [
-      { run, buffer: partialBuffer.attention },
-      { run: ffn[l]!, buffer: partialBuffer.ffn },
-    ]);
-    const parts = [{ run: embed, buffer: partialBuffer.embedding }, ...layers];
+    const parts = [
+      { runs: [embed], buffer: partialBuffer.embedding },
+      ...layers.flatMap(({ attention, ffn }) => [
+        { runs: attention, buffer: partialBuffer.attention },
+        { runs: [ffn], buffer: partialBuffer.ffn },
+      ]),
+    ];
     const isRepeated = isDecode(groups);
     const segments =
       isRepeated && plan.tp === 1 && device.capturing.fault === null
         ? [
             {
               launch: made.launch(
-                parts.map(({ run }) => run),
+                parts.flatMap(({ runs }) => runs),
                 true,
               ),
               buffer: partialBuffer.ffn,
             },
           ]
-        : parts.map(({ run, buffer }) => ({ launch: made.launch([run], isRepeated), buffer }));
+        : parts.map(({ runs, buffer }) => ({ launch: made.launch(runs, isRepeated), buffer }));
     return {
       ...{ partials, segments },
       tokens: tokens.array,
@@ -273,7 +223,7 @@ export class DeviceWorkspace {
       totalLengths: totalLengths.map(({ array }) => array),
       inputs: small.copies,
       isCaptured: (total) => segments.every(({ launch }) => launch.isCapturedFor(total)),
-      first: [embed, attention[0]!, ffn[0]!],
+      first: [embed, ...layers[0]!.attention, layers[0]!.ffn],
       release: () => {
         made.release();
       },
@@ -352,9 +302,6 @@ export class DeviceWorkspace {
     };
   }
 }
-
-const matrixInputs = (name: string, { tensors }: DeviceMatrix): [string, DeviceTensor][] =>
-  [...tensors].map(([part, tensor]) => [`${name}.${part}`, tensor]);
 
 /** Whether every slot has one row: such steps come again and again. */
 const isDecode = (groups: readonly AttentionGroup[]): boolean =>

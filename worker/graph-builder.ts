@@ -25,6 +25,7 @@ export interface GraphWeight {
   readonly name: string;
   readonly array: TensorArray;
   readonly shape: readonly number[];
+  readonly type: ElementType;
 }
 
 /** A graph, encoded, with the order in which its inputs and outputs are bound. */
@@ -98,14 +99,23 @@ export class GraphBuilder {
     return this.constant(name, BigInt64Array.from(values, BigInt), [values.length]);
   }
 
-  /** Weights of a matrix, which stay in our memory. */
-  weights(name: string, array: TensorArray, shape: readonly number[]): string {
-    this.#weights.push({ name, array, shape });
+  /**
+   * Weights of a matrix, which stay in our memory.
+   *
+   * @param type of elements that JavaScript has no arrays of; then `array` holds their bytes.
+   */
+  weights(
+    name: string,
+    array: TensorArray,
+    shape: readonly number[],
+    type: ElementType = elementTypeOf(array),
+  ): string {
+    this.#weights.push({ name, array, shape, type });
     const entry = (key: string, value: string) => ({ key, value });
     this.#initializers.push({
       name,
       dims: [...shape],
-      dataType: elementTypeOf(array),
+      dataType: type,
       rawData: Buffer.alloc(0),
       externalData: [
         entry('location', 'memory'),
@@ -164,17 +174,22 @@ export class GraphBuilder {
         this.node('Mul', [unscaled, rowScales], [y]);
         return;
       }
+      case 'int8Blocks':
+        throw new Error('sessions in host memory take int8 by outputs');
       case 'int4': {
         const { block } = matrix;
         const shape = [outputs, inputs / block, block / 2];
         const w = this.weights(`${y}.weight`, matrix.values, shape);
         const scales = this.weights(`${y}.scales`, matrix.scales, [(outputs * inputs) / block]);
         const attributes = [int('K', inputs), int('N', outputs), int('bits', 4)];
-        const zeroShape = [outputs * Math.ceil(inputs / block / 2)];
-        const zeros = this.weights(`${y}.zeros`, matrix.zeros, zeroShape);
+        const operands = [x, w, scales];
+        if (matrix.zeros !== null) {
+          const zeroShape = [outputs * Math.ceil(inputs / block / 2)];
+          operands.push(this.weights(`${y}.zeros`, matrix.zeros, zeroShape));
+        }
         // Level 4: activations as 8-bit blocks.
         attributes.push(int('block_size', block), int('accuracy_level', 4));
-        this.node('MatMulNBits', [x, w, scales, zeros], [y], attributes, MICROSOFT);
+        this.node('MatMulNBits', operands, [y], attributes, MICROSOFT);
       }
     }
   }

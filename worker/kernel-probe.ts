@@ -73,9 +73,7 @@ export class KernelProbe {
   #isPackedLike(like: Linear): boolean {
     const { inputs } = like;
     const outputs = Math.min(like.outputs, 64 + (like.outputs % 64));
-    const form =
-      like.kind === 'int4' ? { kind: like.kind, block: like.block } : { kind: like.kind };
-    const matrix = emptyLinear(form, outputs, inputs, { take: allocateBytes });
+    const matrix = emptyLinear(like, outputs, inputs, { take: allocateBytes });
     this.#quantizer.write(matrix, wave(outputs * inputs), 0, outputs);
     const graph = new GraphBuilder();
     graph.input('x', float32, [1, 'rows', inputs]);

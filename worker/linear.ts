@@ -18,6 +18,14 @@ export type Linear =
       readonly scales: Float32Array; // (outputs)
     }
   | {
+      readonly kind: 'int8Blocks';
+      readonly outputs: number;
+      readonly inputs: number;
+      readonly block: number;
+      readonly values: Uint8Array; // (outputs, blocks, block), around 128
+      readonly scales: Float32Array; // (outputs, blocks)
+    }
+  | {
       readonly kind: 'int4';
       readonly outputs: number;
       readonly inputs: number;
@@ -25,8 +33,8 @@ export type Linear =
       /** Two weights a byte, the earlier one low. (outputs, blocks, block / 2) */
       readonly values: Uint8Array;
       readonly scales: Float32Array; // (outputs, blocks)
-      /** What stands for zero, two blocks a byte. (outputs, blocks / 2 rounded up) */
-      readonly zeros: Uint8Array;
+      /** What stands for zero, two blocks a byte, (outputs, blocks / 2 rounded up); null where it is 8 in all. */
+      readonly zeros: Uint8Array | null;
     };
 
 /** All that the runtime is given of a matrix. */
@@ -35,9 +43,10 @@ export function arraysOf(matrix: Linear): (Float32Array | Int8Array | Uint8Array
     case 'fp32':
       return [matrix.values];
     case 'int8':
+    case 'int8Blocks':
       return [matrix.values, matrix.scales];
     case 'int4':
-      return [matrix.values, matrix.scales, matrix.zeros];
+      return [matrix.values, matrix.scales, ...(matrix.zeros === null ? [] : [matrix.zeros])];
   }
 }
 
@@ -65,11 +74,16 @@ export function emptyLinear(
       const values = new Int8Array(arrays.take(count));
       return { kind: 'int8', outputs, inputs, values, scales: floats(outputs) };
     }
-    case 'int4': {
+    case 'int8Blocks': {
       const { block } = form;
+      const values = bytes(count);
+      return { kind: 'int8Blocks', outputs, inputs, block, values, scales: floats(count / block) };
+    }
+    case 'int4': {
+      const { block, isCentred = false } = form;
       const values = bytes(count / 2);
       const scales = floats(count / block);
-      const zeros = bytes(outputs * zeroBytesOf(inputs, block));
+      const zeros = isCentred ? null : bytes(outputs * zeroBytesOf(inputs, block));
       return { kind: 'int4', outputs, inputs, block, values, scales, zeros };
     }
   }

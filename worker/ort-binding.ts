@@ -12,15 +12,23 @@ interface Runner {
 /** One loaded graph whose inputs and outputs are bound once and computed many times. */
 export class DeviceSession {
   readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
   readonly #device: Runner;
   readonly #pointer: bigint;
-  readonly #outputs: readonly string[];
+  /** What the runtime reads where it is, as long as the session lives. */
+  readonly kept: Graph['weights'];
 
-  constructor(device: Runner, pointer: bigint, { inputs, outputs }: Graph) {
+  constructor(
+    device: Runner,
+    pointer: bigint,
+    { inputs, outputs }: Graph,
+    kept: Graph['weights'] = [],
+  ) {
     this.#device = device;
     this.#pointer = pointer;
     this.inputs = inputs;
-    this.#outputs = outputs;
+    this.outputs = outputs;
+    this.kept = kept;
   }
 
   get pointer(): bigint {
@@ -40,8 +48,7 @@ export class DeviceSession {
       return value.pointer;
     };
     for (const name of this.inputs) api.check(api.native.BindInput(binding, name, valueOf(name)));
-    for (const name of this.#outputs)
-      api.check(api.native.BindOutput(binding, name, valueOf(name)));
+    for (const name of this.outputs) api.check(api.native.BindOutput(binding, name, valueOf(name)));
     return new BoundRun(this.#device, this.#pointer, binding);
   }
 

@@ -7,11 +7,19 @@
 import type { Graph } from './graph-builder.js';
 import { GraphBuilder, int } from './graph-builder.js';
 import { tensorBytes, type Copy, type DeviceTensor, type Traffic } from './device-tensor.js';
-import { elementType, elementTypeOf, Tensor, type ElementType, type Ort } from './ort.js';
+import {
+  elementType,
+  elementTypeOf,
+  OUTSIDE_ARENA,
+  Tensor,
+  type ElementType,
+  type Ort,
+} from './ort.js';
 import type { OrtApi } from './ort-api.js';
 import type { TensorArray } from './ort.js';
 import { DeviceSession, type BoundRun } from './ort-binding.js';
 import { appendProvider, explain, type Provider } from './ort-provider.js';
+import { quickProducts } from './quick-products.js';
 import { Capturing } from './device-launch.js';
 import type { CudaRuntime } from './ort-cuda.js';
 
@@ -68,15 +76,22 @@ export class OrtDevice {
     return this.#ort.api;
   }
 
-  session(graph: Graph): DeviceSession {
+  /** The arrays of weights that are in the graph may be written again after the call. */
+  session(asked: Graph): DeviceSession {
     const { api } = this;
-    const { env, options: common } = this.#ort;
-    const options = api.create('CloneSessionOptions', common);
+    const isHost = this.provider.device.kind === 'cpu';
+    // In host memory the runtime may go on reading weights where they are.
+    const graph = isHost ? withOwnWeights(asked) : asked;
+    const own = graph.weights.length === 0 ? {} : { ...quickProducts, [OUTSIDE_ARENA]: '1' };
+    const options = api.create('CloneSessionOptions', this.#ort.options);
     try {
       // For each session anew: WebGPU counts its users by it, and ends with the first session otherwise.
       appendProvider(api, options, this.provider);
-      const args = [env, graph.model, graph.model.byteLength, options];
-      return new DeviceSession(this, api.create('CreateSessionFromArray', ...args), graph);
+      for (const [key, value] of Object.entries(own)) {
+        api.check(api.native.AddSessionConfigEntry(options, key, value));
+      }
+      const kept = isHost ? graph.weights : [];
+      return new DeviceSession(this, this.#ort.load(graph, options), graph, kept);
     } finally {
       api.native.ReleaseSessionOptions(options);
     }
@@ -360,6 +375,11 @@ export class OrtDevice {
     };
   }
 }
+
+const withOwnWeights = (graph: Graph): Graph => ({
+  ...graph,
+  weights: graph.weights.map((weight) => ({ ...weight, array: weight.array.slice() })),
+});
 
 const releaseAll =
   (device: OrtDevice, bound: BoundRun, host: Tensor, tensor: DeviceTensor) => (): void => {

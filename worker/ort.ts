@@ -117,6 +117,9 @@ export class Session {
   }
 }
 
+/** Option of sessions: what is read once, while they are made, is not to stay in an arena. */
+export const OUTSIDE_ARENA = 'session.use_device_allocator_for_initializers';
+
 /** The loaded library with one environment and the options of every session. */
 export class Ort {
   readonly api: OrtApi;
@@ -171,12 +174,22 @@ export class Ort {
    * Loads a graph. Its weights' arrays may be used again after the call only if the runtime has made copies of its
    * own (`packsItself`); the session keeps them until then.
    */
-  createSession({ model, inputs, outputs, weights }: Graph): Session {
+  createSession(graph: Graph): Session {
+    const { inputs, outputs } = graph;
     const options = this.api.create('CloneSessionOptions', this.options);
-    for (const key of ['use_env_allocators', 'use_device_allocator_for_initializers']) {
-      this.api.check(this.api.native.AddSessionConfigEntry(options, `session.${key}`, '1'));
+    try {
+      for (const key of ['session.use_env_allocators', OUTSIDE_ARENA]) {
+        this.api.check(this.api.native.AddSessionConfigEntry(options, key, '1'));
+      }
+      return new Session(this, this.load(graph, options), inputs, outputs);
+    } finally {
+      this.api.native.ReleaseSessionOptions(options);
     }
-    const tensors = weights.map(({ array, shape }) => this.tensor(array, shape));
+  }
+
+  /** A session with these options, to be released by its pointer. Its weights are taken as `createSession` does. */
+  load({ model, weights }: Graph, options: bigint): bigint {
+    const tensors = weights.map(({ array, shape, type }) => this.tensor(array, shape, type));
     try {
       if (weights.length > 0) {
         const names = new NamePointers(weights.map(({ name }) => name));
@@ -186,10 +199,9 @@ export class Ort {
         );
       }
       const args = [this.env, model, model.byteLength, options];
-      return new Session(this, this.api.create('CreateSessionFromArray', ...args), inputs, outputs);
+      return this.api.create('CreateSessionFromArray', ...args);
     } finally {
       for (const tensor of tensors) tensor.release();
-      this.api.native.ReleaseSessionOptions(options);
     }
   }
 

@@ -9,12 +9,12 @@ import { elementType, type ElementType, type Ort, type Session, type TensorArray
 const { float32, uint8, uint4, int8 } = elementType;
 
 type Int8Linear = Extract<Linear, { kind: 'int8' }>;
-type Int4Linear = Extract<Linear, { kind: 'int4' }>;
+type BlockedLinear = Extract<Linear, { kind: 'int4' | 'int8Blocks' }>;
 
 /** Rows of a run: what is written of a column of the transposed matrix are runs of this many bytes. */
 const INT8_ROWS = 256;
-/** Weights of a run: what a run computes stays in a core's caches. */
-const INT4_WEIGHTS = 1 << 16;
+/** Weights of a run of blocks: what a run computes stays in a core's caches. */
+const RUN_WEIGHTS = 1 << 16;
 /** Scales of rows and blocks of zeros, which have none of their own. */
 const LEAST_SCALE = 1e-30;
 /** What is added to zeros of 4 bits where bytes stand for them. */
@@ -24,7 +24,7 @@ export class Quantizer {
   readonly #ort: Ort;
   #int8: Session | null = null;
   /** By what they compute and the block. */
-  readonly #int4 = new Map<string, Session>();
+  readonly #blocks = new Map<string, Session>();
   /** What runs write, to be used again. */
   readonly #scratch = new Map<string, TensorArray>();
 
@@ -41,8 +41,9 @@ export class Quantizer {
       case 'int8':
         this.#writeInt8(matrix, rows, first, count);
         return;
+      case 'int8Blocks':
       case 'int4':
-        this.#writeInt4(matrix, rows, first, count);
+        this.#writeBlocks(matrix, rows, first, count);
     }
   }
 
@@ -53,11 +54,11 @@ export class Quantizer {
    * @param rows (any number, inputs) of a multiple of `block`.
    */
   errorOf(rows: Float32Array, block: number): number {
-    const session = this.#int4Session(block, 'errors');
-    const errors = this.#array('errors', INT4_WEIGHTS / block, Float32Array);
+    const session = this.#blockSession(block, 'errors');
+    const errors = this.#array('errors', RUN_WEIGHTS / block, Float32Array);
     let sum = 0;
-    for (let done = 0; done < rows.length; done += INT4_WEIGHTS) {
-      const own = rows.subarray(done, done + INT4_WEIGHTS);
+    for (let done = 0; done < rows.length; done += RUN_WEIGHTS) {
+      const own = rows.subarray(done, done + RUN_WEIGHTS);
       const blocks = own.length / block;
       const found = errors.subarray(0, blocks);
       this.#run(session, [own, [blocks, block]], [found, [blocks]]);
@@ -70,9 +71,9 @@ export class Quantizer {
 
   release(): void {
     this.#int8?.release();
-    for (const session of this.#int4.values()) session.release();
+    for (const session of this.#blocks.values()) session.release();
     this.#int8 = null;
-    this.#int4.clear();
+    this.#blocks.clear();
     this.#scratch.clear();
   }
 
@@ -96,37 +97,40 @@ export class Quantizer {
     }
   }
 
-  #writeInt4(matrix: Int4Linear, rows: Float32Array, first: number, count: number): void {
+  #writeBlocks(matrix: BlockedLinear, rows: Float32Array, first: number, count: number): void {
     const { inputs, block } = matrix;
     const blocks = inputs / block;
-    const session = this.#int4Session(block, 'weights');
-    const most = Math.max(1, Math.floor(INT4_WEIGHTS / inputs));
+    const zeroed = matrix.kind === 'int4' ? matrix.zeros : null;
+    const session = this.#blockSession(block, wantedOf(matrix));
+    const most = Math.max(1, Math.floor(RUN_WEIGHTS / inputs));
     const zeroScratch = this.#array('zeros', most * blocks, Uint8Array);
+    const [bytesEach, type] = matrix.kind === 'int4' ? [0.5, uint4] : [1, uint8];
     for (let done = 0; done < count; done += most) {
       const own = Math.min(most, count - done);
       const at = first + done;
       const zeros = zeroScratch.subarray(0, own * blocks);
-      this.#run(
-        session,
-        [rows.subarray(done * inputs, (done + own) * inputs), [own * blocks, block]],
-        [
-          matrix.values.subarray((at * inputs) / 2, ((at + own) * inputs) / 2),
-          [own * blocks, block],
-          uint4,
-        ],
-        [matrix.scales.subarray(at * blocks, (at + own) * blocks), [own * blocks]],
-        [zeros, [own * blocks]],
+      const values = matrix.values.subarray(
+        at * inputs * bytesEach,
+        (at + own) * inputs * bytesEach,
       );
-      packZeros(zeros, matrix.zeros, at, blocks, zeroBytesOf(inputs, block));
+      const outputs = [
+        [values, [own * blocks, block], type],
+        [matrix.scales.subarray(at * blocks, (at + own) * blocks), [own * blocks]],
+        ...(zeroed === null ? [] : [[zeros, [own * blocks]] as const]),
+      ] as const;
+      const own32 = rows.subarray(done * inputs, (done + own) * inputs);
+      this.#run(session, [own32, [own * blocks, block]], ...outputs);
+      if (zeroed !== null) packZeros(zeros, zeroed, at, blocks, zeroBytesOf(inputs, block));
     }
   }
 
-  #int4Session(block: number, wanted: Wanted): Session {
+  #blockSession(block: number, wanted: Wanted): Session {
     const key = `${wanted} ${block}`;
-    let session = this.#int4.get(key);
+    let session = this.#blocks.get(key);
     if (session === undefined) {
-      session = this.#ort.createSession(int4Graph(block, wanted));
-      this.#int4.set(key, session);
+      const graph = wanted === 'bytes' ? byteBlockGraph(block) : int4Graph(block, wanted);
+      session = this.#ort.createSession(graph);
+      this.#blocks.set(key, session);
     }
     return session;
   }
@@ -184,19 +188,46 @@ function int8Graph(): Graph {
   return graph.finish();
 }
 
-type Wanted = 'weights' | 'errors';
+type Wanted = 'bytes' | 'weights' | 'centred' | 'errors';
+
+function wantedOf(matrix: BlockedLinear): Wanted {
+  if (matrix.kind === 'int8Blocks') return 'bytes';
+  return matrix.zeros === null ? 'centred' : 'weights';
+}
+
+/** Input x (blocks, block); outputs values (blocks, block) around 128, the largest ±127, and scales (blocks). */
+function byteBlockGraph(block: number): Graph {
+  const graph = new GraphBuilder();
+  graph.input('x', float32, ['blocks', block]);
+  graph.integers('widthAxis', [1]);
+  graph.node('Abs', ['x'], ['sizes']);
+  graph.node('ReduceMax', ['sizes', 'widthAxis'], ['largest'], [int('keepdims', 0)]);
+  graph.node('Div', ['largest', graph.constant('levels', Float32Array.of(127), [])], ['steps']);
+  const least = graph.constant('least', Float32Array.of(LEAST_SCALE), []);
+  graph.node('Max', ['steps', least], ['scales']);
+  graph.node('Unsqueeze', ['scales', 'widthAxis'], ['scales.column']);
+  graph.node('Shape', ['scales.column'], ['columnShape']);
+  const centre = graph.constant('centre', Uint8Array.of(128), []);
+  graph.node('Expand', [centre, 'columnShape'], ['zeros']);
+  const inRows = [int('axis', 1), int('block_size', block)];
+  graph.node('QuantizeLinear', ['x', 'scales.column', 'zeros'], ['values'], inRows);
+  graph.output('values', uint8, ['blocks', block]);
+  graph.output('scales', float32, ['blocks']);
+  return graph.finish({ hasBlocks: true });
+}
 
 /**
  * Input x (blocks, block); outputs values (blocks, block) in 4 bits, scales and zeros (blocks); or else the sum of the
  * squared errors of each block.
  *
  * Of each block either the weight that is largest in size becomes 0 (−8 steps from a zero of 8), or the smallest becomes
- * 0 and the largest 15: whichever comes nearer. What was 4 bits in such blocks before stays what it was.
+ * 0 and the largest 15: whichever comes nearer. What was 4 bits in such blocks before stays what it was. `centred` has
+ * only the former, and no zeros among its outputs.
  *
  * Errors are those of bytes, whose kernels are faster: around zeros of 240 and more they end at 255 where 4 bits end at 15.
  * The runtime quantizes fastest with blocks as part of rows, and back with a row each.
  */
-function int4Graph(block: number, wanted: Wanted): Graph {
+function int4Graph(block: number, wanted: Exclude<Wanted, 'bytes'>): Graph {
   const graph = new GraphBuilder();
   const float = (name: string, value: number) => graph.constant(name, Float32Array.of(value), []);
   const reduce = [int('keepdims', 0)];
@@ -225,6 +256,14 @@ function int4Graph(block: number, wanted: Wanted): Graph {
   graph.node('Shape', ['centred.scale'], ['blockCount']);
   graph.node('Expand', [float('centre', 8), 'blockCount'], ['centred.zero']);
 
+  if (wanted === 'centred') {
+    graph.node('Cast', [column('centred.zero')], ['zeros.4'], [int('to', uint4)]);
+    graph.node('QuantizeLinear', ['x', column('centred.scale'), 'zeros.4'], ['values'], inRows);
+    graph.output('values', uint4, ['blocks', block]);
+    graph.node('Identity', ['centred.scale'], ['scales']);
+    graph.output('scales', float32, ['blocks']);
+    return graph.finish({ hasBlocks: true });
+  }
   graph.node('Sub', ['largest', 'smallest'], ['range']);
   graph.node('Div', ['range', float('15', 15)], ['spread.step']);
   graph.node('Max', ['spread.step', 'least'], ['spread.scale']);

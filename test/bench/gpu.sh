@@ -14,8 +14,6 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
 node=${NODE:-node}
 export CARAVAN_ORT_LIBRARY=${CARAVAN_ORT_LIBRARY:-${CARAVAN_CARRY:-/opt/c}/ort/libonnxruntime.so.1.30.0}
 export LD_LIBRARY_PATH=${CUDA_LIB:-/usr/local/cuda/lib64}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-# CUDA's quick products of 4 bits for many rows.
-export ORT_FPA_INTB_GEMM=${ORT_FPA_INTB_GEMM:-1}
 shared=${SHARED:-}
 for folder in shared ../shared; do [ -n "$shared" ] || [ ! -d "$folder/models" ] || shared=$folder; done
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)

@@ -2,7 +2,7 @@
  * Correctness, then figures, of ranks on GPUs. See gpu.sh for how it is called.
  *
  *   node dist/test/bench/gpu.js [--device cuda|webgpu] [--gpus N] [--only check,7b,70b] [--bandwidth TB/S]
- *     [--transports auto,shm,grpc] [--graphs auto,off] [--tps 1,2] [--weights fp16,int4] [--batches 1,16,64] [--seconds N]
+ *     [--transports auto,shm,grpc] [--graphs auto,off] [--tps 1,2] [--weights fp16,int8,int4] [--batches 1,16,64] [--seconds N]
  *     [--out FOLDER]
  *
  * With --seconds what cannot end in that time is left out, from the least important on, and the checks are fewer.
@@ -34,7 +34,7 @@ const { values: args } = parseArgs({
     transports: { type: 'string', default: 'auto' },
     graphs: { type: 'string', default: 'auto' },
     tps: { type: 'string' },
-    weights: { type: 'string', default: 'fp16,int4' },
+    weights: { type: 'string', default: 'fp16,int8,int4' },
     batches: { type: 'string', default: '1,2,4,8,16,32,64' },
     seconds: { type: 'string' },
   },
@@ -293,11 +293,12 @@ try {
   }
   if (parts.includes('70b')) {
     const some = batches.filter((batch) => [1, 8, 16, 64].includes(batch));
-    // 16 bits want four GPUs.
-    const all = scenarios('70b', [gpus], some);
+    const all = scenarios('70b', args.tps === undefined ? [gpus] : tps, some);
+    // 16 bits want four GPUs of 80 GB.
+    const isAsked = args.tps !== undefined;
     await benchAll(
       '70b',
-      all.filter(({ weights }) => gpus >= 4 || weights !== 'fp16'),
+      all.filter(({ weights, tp }) => isAsked || tp >= 4 || weights !== 'fp16'),
     );
   }
 } finally {

@@ -4,6 +4,7 @@
  *   fork(random-rank.js, ['--device', 'cuda:0']) sends { address } when it listens
  */
 import path from 'node:path';
+import { setImmediate } from 'node:timers/promises';
 import { parseDevice } from '../../model/device-name.js';
 import type { TensorSlice } from '../../model/plan.js';
 import type { WeightForm } from '../../model/weights.js';
@@ -17,6 +18,8 @@ import type { WeightsOrigin } from '../../worker/weight-cache.js';
 import { Random } from '../random.js';
 
 const BLOCK = 1 << 20;
+
+type BlockedForm = Extract<WeightForm, { kind: 'int4' | 'int8Blocks' }>;
 
 /** One block of random numbers, repeated; matrices of one shape share their memory on the host. */
 class RandomSource implements MatrixSource {
@@ -33,10 +36,12 @@ class RandomSource implements MatrixSource {
     return Promise.resolve(new Float32Array(slice.columns.count).fill(1));
   }
 
-  matrix(forms: readonly WeightForm[], ...parts: TensorSlice[]): Promise<Linear[]> {
+  async matrix(forms: readonly WeightForm[], ...parts: TensorSlice[]): Promise<Linear[]> {
+    // Who reads a checkpoint waits for it, and answers meanwhile.
+    await setImmediate();
     const outputs = parts.reduce((sum, part) => sum + part.rows.count, 0);
     const inputs = parts[0]!.columns.count;
-    return Promise.resolve(forms.map((form) => this.#make(form, outputs, inputs)));
+    return forms.map((form) => this.#make(form, outputs, inputs));
   }
 
   giveBack(): void {
@@ -48,13 +53,13 @@ class RandomSource implements MatrixSource {
   }
 
   #make(form: WeightForm, outputs: number, inputs: number): Linear {
-    const block = form.kind === 'int4' ? form.block : 0;
+    const block = 'block' in form ? form.block : 0;
     const key = [form.kind, block, outputs, inputs].join();
     let linear = this.#made.get(key);
     if (linear === undefined) {
       linear =
-        form.kind === 'int4'
-          ? this.#int4(outputs, inputs, block)
+        form.kind === 'int4' || form.kind === 'int8Blocks'
+          ? this.#blocks(form, outputs, inputs)
           : { kind: 'fp32', outputs, inputs, values: this.#floats(outputs * inputs, inputs) };
       this.#made.set(key, linear);
     }
@@ -70,14 +75,21 @@ class RandomSource implements MatrixSource {
     );
   }
 
-  #int4(outputs: number, inputs: number, block: number): Linear {
+  #blocks(form: BlockedForm, outputs: number, inputs: number): Linear {
+    const { kind, block } = form;
     const bytes = Uint8Array.from(this.#block, (x) => Math.floor((x + 0.5) * 256));
     const blocks = (outputs * inputs) / block;
+    const levels = kind === 'int4' ? 16 : 256;
+    const own = {
+      ...{ outputs, inputs, block },
+      values: repeat(new Uint8Array((outputs * inputs) / (kind === 'int4' ? 2 : 1)), bytes),
+      scales: new Float32Array(blocks).fill(Math.sqrt(12 / inputs) / levels),
+    };
+    if (kind === 'int8Blocks') return { ...own, kind };
+    const zeroBytes = outputs * Math.ceil(inputs / block / 2);
     return {
-      ...{ kind: 'int4', outputs, inputs, block },
-      values: repeat(new Uint8Array((outputs * inputs) / 2), bytes),
-      scales: new Float32Array(blocks).fill(Math.sqrt(12 / inputs) / 16),
-      zeros: new Uint8Array(outputs * Math.ceil(inputs / block / 2)).fill(0x88),
+      ...{ ...own, kind },
+      zeros: form.isCentred === true ? null : new Uint8Array(zeroBytes).fill(0x88),
     };
   }
 }
