@@ -1,15 +1,14 @@
 /**
  * How fast Llama 2 70B would decode one sequence on 1 to 8 devices: a calculation from measured parts, not a measurement.
  *
- *   node dist/test/bench/seventy-b.js [ONE.json TWO.json LARGE.json]
+ *   node dist/test/bench/seventy-b.js [FILE…]
  *
- * The files are those of `gpu.sh`: 7B on one device and on two, and 70B in 4 bits on two. A step is
+ * The files are those of `gpu.sh`: 7B on one device and on two, and 70B on two. A step is
  *
  *   bytes of weights a rank / bandwidth that its products reach + all-reduces · what one costs
  *
  * where an all-reduce costs what a step of 7B on two devices takes beyond half of one on one device, all losses of
- * narrower matrices included. The bandwidth is that of the same weights: in 16 bits 7B's, in 4 bits what is left of
- * 70B's step on two devices.
+ * narrower matrices included. The bandwidth is what is left of 70B's step on two devices with the same weights.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -29,8 +28,8 @@ interface Measured {
 }
 
 const results = path.join(packageRoot, 'test/bench/results');
-const defaults = ['h100x1-gpu-7b-graphs', 'h100x2-gpu-7b-tp2-graphs', 'h100x2-gpu-70b-graphs'].map(
-  (name) => path.join(results, `2026-11-25-${name}.json`),
+const defaults = ['h200x2-gpu-7b', 'h200x2-gpu-70b'].map((name) =>
+  path.join(results, `2026-11-26-${name}.json`),
 );
 const files = process.argv.length > 2 ? process.argv.slice(2) : defaults;
 const all = files.flatMap(
@@ -48,14 +47,11 @@ function measured(model: string, tp: number, weights: string): Measured {
 const alone = ({ decode }: Measured): number => decode.find(({ batch }) => batch === 1)!.stepMs;
 
 print('70B, one sequence: a calculation from measured parts');
-for (const mode of ['fp16', 'int4'] as const satisfies WeightsMode[]) {
+for (const mode of ['fp16', 'int8', 'int4'] as const satisfies WeightsMode[]) {
   const [one, two] = [measured('7b', 1, mode), measured('7b', 2, mode)];
   const allReduceMs = (alone(two) - alone(one) / 2) / two.allReduces;
-  const large = mode === 'int4' ? measured('70b', 2, mode) : null;
-  const bytesPerMs =
-    large === null
-      ? one.weightBytesPerRank / alone(one)
-      : large.weightBytesPerRank / (alone(large) - large.allReduces * allReduceMs);
+  const large = measured('70b', 2, mode);
+  const bytesPerMs = large.weightBytesPerRank / (alone(large) - large.allReduces * allReduceMs);
   print(
     `${mode}: products at ${(bytesPerMs / 1e9).toFixed(2)} TB/s, an all-reduce ${(1000 * allReduceMs).toFixed(0)} µs`,
   );
