@@ -8,6 +8,7 @@ import { deviceCodes, parseDevice } from '../model/device-name.js';
 import { kvBytes, planRanks, type RankPlan } from '../model/plan.js';
 import { shapeOf } from '../model/stored-tensor.js';
 import {
+  graphBytes,
   kvCodes,
   kvElementBytes,
   modesOfDevice,
@@ -80,9 +81,27 @@ export interface PlannedGroup {
   readonly spec: GroupSpec;
   readonly weights: WeightsMode;
   readonly forms: WeightForms;
-  readonly ranks: readonly { readonly plan: RankPlan; weightBytes: number; kvBytes: number }[];
+  readonly ranks: readonly {
+    readonly plan: RankPlan;
+    readonly weightBytes: number;
+    readonly kvBytes: number;
+    /** What a GPU's graphs take beside them. */
+    readonly graphBytes: number;
+  }[];
   /** All ranks together. */
   readonly neededBytes: number;
+  /** What is taken in its place where a device has no room for it. */
+  readonly smaller: PlannedGroup | null;
+}
+
+/** Bytes that the fullest device holds. */
+export const fullestBytes = ({ ranks }: PlannedGroup): number =>
+  Math.max(...ranks.map((rank) => rank.weightBytes + rank.kvBytes + rank.graphBytes));
+
+/** What comes of a group on devices that have so much free: the first that fits, else the smallest. */
+export function fitting(group: PlannedGroup, freeBytes: number): PlannedGroup {
+  if (group.smaller === null || fullestBytes(group) <= freeBytes) return group;
+  return fitting(group.smaller, freeBytes);
 }
 
 export const DEFAULT_STEP_TIMEOUT_MS = 60_000;
@@ -151,7 +170,7 @@ export function planGroup(
     const rule = `${device} takes ${modes.join(', ')}`;
     throw new CaravanError('bad_usage', `--weights ${limits.weights}: ${rule}`);
   }
-  const planned = (weights: WeightsMode, smaller: GroupSpec | null = null): PlannedGroup => {
+  const planned = (weights: WeightsMode, smaller: PlannedGroup | null = null): PlannedGroup => {
     const forms = weightForms(checkpoint.config, tp, weights, limits.exact, device);
     const ranks = planRanks(checkpoint.config, tp, forms.ffnGrid).map((plan) => ({
       plan,
@@ -163,6 +182,7 @@ export function planGroup(
         limits.maxBatchSize,
         kvElementBytes(device, weights, kv),
       ),
+      graphBytes: graphBytes(checkpoint.config, forms, device),
     }));
     const spec: GroupSpec = {
       modelPath: checkpoint.path,
@@ -178,16 +198,19 @@ export function planGroup(
       weightCache: limits.keptWeights,
       device: deviceCodes[device],
       kv: kvCodes[kv],
-      smaller,
+      smaller: smaller?.spec ?? null,
     };
-    const neededBytes = ranks.reduce((sum, rank) => sum + rank.weightBytes + rank.kvBytes, 0);
-    return { spec, weights, forms, ranks, neededBytes };
+    const neededBytes = ranks.reduce(
+      (sum, rank) => sum + rank.weightBytes + rank.kvBytes + rank.graphBytes,
+      0,
+    );
+    return { spec, weights, forms, ranks, neededBytes, smaller };
   };
   if (limits.weights !== 'auto') return planned(limits.weights);
   if (parameterCount(checkpoint) < SMALL_PARAMETER_COUNT) return planned('fp32');
   // What is free on a device its rank alone can tell: it refuses what does not fit.
-  if (device === 'webgpu') return planned('fp16', planned('int4').spec);
-  if (device === 'cuda') return planned('fp16', planned('int8', planned('int4').spec).spec);
+  if (device === 'webgpu') return planned('fp16', planned('int4'));
+  if (device === 'cuda') return planned('fp16', planned('int8', planned('int4')));
   if (limits.exact) return planned('int8');
   const both = planned('int4+int8');
   return both.neededBytes <= USABLE_MEMORY * machineBytes ? both : planned('int4');

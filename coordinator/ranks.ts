@@ -4,7 +4,7 @@
  */
 import { randomUUID } from 'node:crypto';
 import type { ClientDuplexStream } from '@grpc/grpc-js';
-import { CaravanError, isErrorCode } from '../proto/errors.js';
+import { CaravanError, isOutOfMemory, isErrorCode } from '../proto/errors.js';
 import {
   RankClient,
   type Command,
@@ -75,20 +75,21 @@ export class Ranks {
   /**
    * Connects to every rank and has them load their shards and meet each other.
    *
-   * @param addresses HOST:PORT of every rank, in rank order.
+   * @param addresses HOST:PORT of every rank, in rank order. @param warnings of what was refused before.
    * @throws CaravanError `rank_unavailable` naming the rank, or whatever a rank refused with.
    */
   static async connect(
     addresses: readonly string[],
     spec: GroupSpec,
     options: ConnectOptions = {},
+    warnings: readonly string[] = [],
   ): Promise<Ranks> {
     try {
-      return await Ranks.#connect(addresses, spec, options);
+      return await Ranks.#connect(addresses, spec, options, warnings);
     } catch (error) {
-      const isTooLarge = error instanceof CaravanError && error.code === 'out_of_memory';
-      if (!isTooLarge || spec.smaller === null) throw error;
-      return Ranks.#connect(addresses, spec.smaller, options, [`fewer bits: ${error.message}`]);
+      if (!isOutOfMemory(error) || spec.smaller === null) throw error;
+      const all = [...warnings, `fewer bits: ${error.message}`];
+      return Ranks.connect(addresses, spec.smaller, options, all);
     }
   }
 
@@ -96,7 +97,7 @@ export class Ranks {
     addresses: readonly string[],
     spec: GroupSpec,
     options: ConnectOptions,
-    warnings: readonly string[] = [],
+    warnings: readonly string[],
   ): Promise<Ranks> {
     const links = addresses.map(
       (address, rank) => new RankLink(rank, address, spec.device, options.security ?? null),

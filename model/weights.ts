@@ -3,17 +3,17 @@
  *
  *   fp32   4 bytes a weight
  *   fp16   2 bytes a weight, on GPUs
- *   int8   signed, one scale an output; activations are scaled row by row. On GPUs in blocks along the inputs
+ *   int8   signed, one scale an output; activations are scaled row by row. On CUDA unsigned, in blocks as int4
  *   int4   blocks along the inputs, each with a scale
  *
  * `int4+int8` holds both: int4 is faster for few rows, where memory is the limit, int8 for many, where arithmetic
  * is. Blocks lie on the whole tensor's grid, and ranks are cut on it, so that a weight has the same value at every
- * tp. (A scale of int8 covers what a rank holds of an output: finer than the whole where inputs are cut.)
+ * tp. (A scale of int8 on CPUs covers what a rank holds of an output: finer than the whole where inputs are cut.)
  */
 import { KvForm, Weights } from '../proto/gen/cluster.js';
 import type { LlamaConfig } from './config.js';
 import type { DeviceKind } from './device-name.js';
-import { cut, listSlices, slicesOf, type RankPlan } from './plan.js';
+import { cut, listSlices, planRanks, slicesOf, type RankPlan } from './plan.js';
 
 export const weightsModes = ['fp32', 'fp16', 'int8', 'int4', 'int4+int8'] as const;
 export type WeightsMode = (typeof weightsModes)[number];
@@ -61,9 +61,7 @@ export type WeightForm =
       readonly block: number;
       /** Larger ones, the largest first: a tensor takes the first that its weights stand (`BLOCK_RULE`), else `block`. */
       readonly coarser?: readonly number[];
-      /** Scales of 16 bits, as GPUs take them. */
-      readonly hasHalfScales?: true;
-      /** 8 stands for zero in every block: CUDA's quick products know no other. */
+      /** 8 stands for zero in every block, and scales have 16 bits: CUDA's quick products know no other. */
       readonly isCentred?: true;
     };
 
@@ -167,7 +165,10 @@ export function weightForms(
 
 /** CUDA's quick products take blocks of 32, around 8 or 128; smaller matrices are not worth it. */
 const GPU_BLOCK = 32;
-/** Of inputs they want multiples of this. */
+/**
+ * Of inputs and outputs they want multiples of this. Others have ways that need a whole matrix in 16 bits beside it, once a
+ * layer: matrices that are not on this grid are held in 16 bits.
+ */
 const CUDA_GRID = 64;
 
 /** One variant for any number of rows. */
@@ -185,18 +186,22 @@ function gpuForms(
   const rounded = (fits: boolean): WeightForm => {
     if (!isRounded || !fits) return dense;
     if (mode === 'int8') return { kind: 'int8Blocks', block: GPU_BLOCK };
-    const how = isHalf ? ({ hasHalfScales: true, isCentred: true } as const) : {};
-    return { kind: 'int4', block: GPU_BLOCK, ...how };
+    return { kind: 'int4', block: GPU_BLOCK, ...(isHalf ? { isCentred: true } : {}) };
   };
-  const grid = device === 'cuda' ? CUDA_GRID : GPU_BLOCK;
+  const isCuda = device === 'cuda';
+  const grid = isCuda ? CUDA_GRID : GPU_BLOCK;
   const isFfnEven = isEven(config.ffnSize, tp, grid);
-  const wide = rounded(config.hiddenSize % grid === 0);
+  const isWide = config.hiddenSize % grid === 0;
+  const isQkvEven = planRanks(config, tp).every(
+    ({ queryHeads, kvHeads }) =>
+      ((queryHeads.count + 2 * kvHeads.count) * config.headSize) % grid === 0,
+  );
   const variant = {
     maxRows: Infinity,
-    qkv: wide,
-    o: rounded(config.headSize % grid === 0),
-    gateUp: wide,
-    down: rounded(isFfnEven),
+    qkv: rounded(isWide && (!isCuda || isQkvEven)),
+    o: rounded(config.headSize % grid === 0 && (!isCuda || isWide)),
+    gateUp: rounded(isWide && (!isCuda || isFfnEven)),
+    down: rounded(isFfnEven && (!isCuda || isWide)),
   };
   return {
     variants: [variant],
@@ -225,9 +230,8 @@ export function formBytes(form: WeightForm, outputs: number, inputs: number): nu
       return outputs * (inputs + 2 * Math.ceil(inputs / form.block));
     case 'int4': {
       const blockCount = Math.ceil(inputs / form.block);
-      const scaleBytes = form.hasHalfScales === true ? 2 : 4;
-      const zeroBytes = form.isCentred === true ? 0 : Math.ceil(blockCount / 2);
-      return outputs * (blockCount * (form.block / 2 + scaleBytes) + zeroBytes);
+      const besideWeights = form.isCentred === true ? 2 * blockCount : 4.5 * blockCount;
+      return outputs * (blockCount * (form.block / 2) + Math.ceil(besideWeights));
     }
   }
 }
@@ -264,4 +268,22 @@ export function weightBytes(
     }
   }
   return sum;
+}
+
+/** Whether a matrix is part of a graph of its layer's own, on CUDA. */
+export const isFixed = (form: WeightForm): boolean =>
+  form.kind === 'int8Blocks' || (form.kind === 'int4' && form.isCentred === true);
+
+export const hasFixedWeights = ({ variants }: WeightForms): boolean =>
+  variants.some(({ qkv, o, gateUp, down }) => [qkv, o, gateUp, down].some(isFixed));
+
+/** What a GPU leaves to the graphs that all layers share: products' own memory, and what the runtime keeps. */
+const SHARED_GRAPH_BYTES = 768 * 2 ** 20;
+/** What a layer's own three take beside its weights: 12 to 15 MB each on an H200. */
+const LAYER_GRAPH_BYTES = 3 * 15 * 2 ** 20;
+
+/** Bytes of a GPU that a rank's graphs take, beside weights and KV; none that is worth counting on CPUs. */
+export function graphBytes(config: LlamaConfig, forms: WeightForms, device: DeviceKind): number {
+  if (device === 'cpu') return 0;
+  return SHARED_GRAPH_BYTES + (hasFixedWeights(forms) ? config.layerCount * LAYER_GRAPH_BYTES : 0);
 }

@@ -96,3 +96,6 @@ export function toCaravanError(thrown: unknown, fallback: ErrorCode = 'internal'
   const message = thrown instanceof Error ? thrown.message : String(thrown);
   return new CaravanError(fallback, message.split('\n')[0] ?? message, { cause: thrown });
 }
+
+export const isOutOfMemory = (error: unknown): error is CaravanError =>
+  error instanceof CaravanError && error.code === 'out_of_memory';

@@ -96,7 +96,8 @@ void test('a device that has no rank says why', async () => {
 });
 
 void test('too little memory is said before anything is read: what was asked, what is free', async () => {
-  const asked = { weightBytes: 13.5e9, kvBytes: 2e9, sessionBytes: 0.5e9, isSmallest: false };
+  const smaller = ['int8', 'int4'] as const;
+  const asked = { weightBytes: 13.5e9, kvBytes: 2e9, graphBytes: 0.5e9, smaller };
   refuseTooLittle('cuda:1', { freeBytes: 16e9, totalBytes: 24e9 }, asked);
   assert.throws(
     () => {
@@ -104,14 +105,14 @@ void test('too little memory is said before anything is read: what was asked, wh
     },
     isRefusal(
       'out_of_memory',
-      /cuda:1 needs 16\.00 GB \(weights 13\.50 GB, KV 2\.00 GB, .*15\.90 GB of its 24\.00 GB are free.* take --weights int4, /,
+      /cuda:1 needs 16\.00 GB \(weights 13\.50 GB, KV 2\.00 GB, .*15\.90 GB of its 24\.00 GB are free.* take --weights int8 or int4, /,
     ),
   );
   // Nobody is told to take what he has.
   assert.throws(
     () => {
       const free = { freeBytes: 15.9e9, totalBytes: 24e9 };
-      refuseTooLittle('cuda:1', free, { ...asked, isSmallest: true });
+      refuseTooLittle('cuda:1', free, { ...asked, smaller: [] });
     },
     isRefusal('out_of_memory', /lower --max-seq-len or --max-batch-size, or take more ranks$/),
   );
@@ -159,7 +160,7 @@ void test("CUDA's 4 bits have blocks of 32, at every tp, and 16 bits where they 
     const { variants, head } = weightForms(llama2Shapes['70b'], tp, 'int4', false, 'cuda');
     const [{ qkv, o, gateUp, down }] = variants as [(typeof variants)[number]];
     for (const form of [qkv, o, gateUp, down]) {
-      assert.deepEqual(form, { kind: 'int4', block: 32, hasHalfScales: true, isCentred: true });
+      assert.deepEqual(form, { kind: 'int4', block: 32, isCentred: true });
     }
     assert.deepEqual(head, { kind: 'fp16' });
   }
@@ -168,7 +169,8 @@ void test("CUDA's 4 bits have blocks of 32, at every tp, and 16 bits where they 
   const { config } = openCheckpoint(embeddedModelPath());
   // Its network's 352 columns are 11 blocks of 32, and no multiple of 64.
   const [tiny] = weightForms(config, 1, 'int4', false, 'cuda').variants;
-  assert.deepEqual([tiny!.qkv.kind, tiny!.down.kind], ['int4', 'fp16']);
+  const kinds = [tiny!.qkv, tiny!.o, tiny!.gateUp, tiny!.down].map(({ kind }) => kind);
+  assert.deepEqual(kinds, ['int4', 'fp16', 'fp16', 'fp16']);
   const [small] = weightForms(config, 1, 'int4', false, 'webgpu').variants;
   assert.equal(small!.o.kind, 'fp32', 'heads of 16 are no blocks of 32');
 });

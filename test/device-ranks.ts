@@ -1,5 +1,5 @@
 /** Ranks in this process, on whatever device, over their real gRPC service. */
-import { planGroup } from '../coordinator/group-spec.js';
+import { planGroup, type GroupSpec } from '../coordinator/group-spec.js';
 import { Ranks } from '../coordinator/ranks.js';
 import { openCheckpoint } from '../model/checkpoint.js';
 import type { DeviceKind } from '../model/device-name.js';
@@ -16,8 +16,8 @@ export interface DeviceGroupLimits {
   readonly maxSeqLen: number;
   readonly maxBatchSize: number;
   readonly maxStepRows: number;
-  /** What is taken where `weights` do not fit. */
-  readonly smaller?: 'int4';
+  /** What is taken where `weights` do not fit, one after the other. */
+  readonly smaller?: readonly DeviceGroupLimits['weights'][];
   readonly memoryLimit?: number;
   /** Of steps that come again; none if left out. */
   readonly capturer?: Capturer;
@@ -28,12 +28,15 @@ export interface DeviceGroupLimits {
 // The library is loaded once a process.
 const ort = new Ort(1);
 
-/** Runs `use` with a group whose ranks compute the graphs of `kind` in host memory, through IoBinding. */
+/**
+ * Runs `use` with a group whose ranks compute the graphs of `kind` in host memory, through IoBinding; `again` ends it and
+ * gives another one of the same ranks.
+ */
 export async function withHostMemoryDevices<T>(
   folder: string,
   kind: DeviceKind,
   limits: DeviceGroupLimits,
-  use: (ranks: Ranks) => Promise<T>,
+  use: (ranks: Ranks, again: () => Promise<Ranks>) => Promise<T>,
 ): Promise<T> {
   const { memoryLimit = null, attentionRows = null, capturer = null } = limits;
   const servers = Array.from({ length: limits.tp }, () => {
@@ -49,17 +52,19 @@ export async function withHostMemoryDevices<T>(
         // Ranks of one process cannot sleep for each other.
         transport: 'grpc',
       }).spec;
-    const { smaller } = limits;
-    const spec = {
-      ...plan(limits.weights),
-      smaller: smaller === undefined ? null : plan(smaller),
+    const spec = [limits.weights, ...(limits.smaller ?? [])].reduceRight<GroupSpec | null>(
+      (smaller, weights) => ({ ...plan(weights), smaller }),
+      null,
+    )!;
+    const addresses = ports.map((port) => `127.0.0.1:${port}`);
+    let ranks = await Ranks.connect(addresses, spec);
+    const again = async (): Promise<Ranks> => {
+      ranks.close();
+      ranks = await Ranks.connect(addresses, spec);
+      return ranks;
     };
-    const ranks = await Ranks.connect(
-      ports.map((port) => `127.0.0.1:${port}`),
-      spec,
-    );
     try {
-      return await use(ranks);
+      return await use(ranks, again);
     } finally {
       ranks.close();
     }

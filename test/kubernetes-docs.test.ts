@@ -7,7 +7,7 @@ import { parse } from 'yaml';
 import { packageRoot } from '../coordinator/package-root.js';
 import type { LlamaConfig } from '../model/config.js';
 import { kvBytes, planRanks } from '../model/plan.js';
-import { kvElementBytes, weightBytes, weightForms } from '../model/weights.js';
+import { graphBytes, kvElementBytes, weightBytes, weightForms } from '../model/weights.js';
 import { render, skipWithoutHelm } from './chart.js';
 
 const docs = fs.readFileSync(path.join(packageRoot, 'docs/kubernetes.md'), 'utf8');
@@ -34,30 +34,28 @@ const models = [
 const SLOTS = 16;
 const POSITIONS = 4096;
 const CARDS_GB = [24, 48, 80, 141];
-const USABLE = 0.9;
+const USABLE = 0.95;
 
-/** Bytes of weights and KV that the fullest card holds. */
-function fullestCard(
-  config: LlamaConfig,
-  tp: number,
-  mode: 'fp16' | 'int8' | 'int4',
-): [number, number] {
+/** Gigabytes that the fullest card holds. */
+function fullestCard(config: LlamaConfig, tp: number, mode: 'fp16' | 'int8' | 'int4') {
   const forms = weightForms(config, tp, mode, false, 'cuda');
-  const ranks = planRanks(config, tp, forms.ffnGrid).map((plan): [number, number] => {
-    const kv = kvBytes(config, plan, POSITIONS, SLOTS, kvElementBytes('cuda', mode, 'auto'));
-    return [weightBytes(config, plan, forms), kv];
+  const ranks = planRanks(config, tp, forms.ffnGrid).map((plan) => {
+    const element = kvElementBytes('cuda', mode, 'auto');
+    const kv = kvBytes(config, plan, POSITIONS, SLOTS, element) / 1e9;
+    const weights = weightBytes(config, plan, forms) / 1e9;
+    return { weights, kv, all: weights + kv + graphBytes(config, forms, 'cuda') / 1e9 };
   });
-  return ranks.reduce((most, rank) => (rank[0] + rank[1] > most[0] + most[1] ? rank : most));
+  return ranks.reduce((most, rank) => (rank.all > most.all ? rank : most));
 }
 
 /** Rows of the table, as cells. */
 const sizes = models.flatMap(([name, config, tps]) =>
   (['fp16', 'int8', 'int4'] as const).flatMap((mode) =>
     tps.map((tp) => {
-      const [weights, kv] = fullestCard(config, tp, mode).map((bytes) => bytes / 1e9);
-      const card = CARDS_GB.find((gigabytes) => USABLE * gigabytes >= weights! + kv!);
+      const { weights, kv, all } = fullestCard(config, tp, mode);
+      const card = CARDS_GB.find((gigabytes) => USABLE * gigabytes >= all);
       const cards = card === undefined ? 'none: a higher tp' : `${tp} × ${card} GB`;
-      return [name, mode, String(tp), `${weights!.toFixed(1)} GB`, `${kv!.toFixed(1)} GB`, cards];
+      return [name, mode, String(tp), `${weights.toFixed(1)} GB`, `${kv.toFixed(1)} GB`, cards];
     }),
   ),
 );

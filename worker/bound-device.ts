@@ -1,8 +1,14 @@
 /** A device whose memory ONNX Runtime's IoBinding reaches: weights, KV and activations stay in it. */
-import { sliceBytes, type Checkpoint } from '../model/checkpoint.js';
+import { sliceBytes } from '../model/checkpoint.js';
 import { nameOfDevice, type DeviceKind, type DeviceName } from '../model/device-name.js';
-import { kvBytes, listSlices, slicesOf, type RankPlan } from '../model/plan.js';
-import { formBytes, weightBytes, type WeightForms } from '../model/weights.js';
+import { kvBytes, listSlices, slicesOf } from '../model/plan.js';
+import {
+  formBytes,
+  graphBytes,
+  modesOfDevice,
+  weightBytes,
+  type WeightsMode,
+} from '../model/weights.js';
 import { CaravanError } from '../proto/errors.js';
 import type { LoadProgress } from '../proto/gen/cluster.js';
 import type { AllReduce } from './all-reduce.js';
@@ -17,7 +23,6 @@ import type {
   LoadTerms,
   OpenPass,
 } from './device.js';
-import type { DeviceShape } from './device-graph-builder.js';
 import { DeviceKv } from './device-kv.js';
 import { DevicePass } from './device-pass.js';
 import { DeviceShard, deviceShape, type MatrixSource } from './device-shard.js';
@@ -31,18 +36,6 @@ import { limitCublas } from './quick-products.js';
 import type { StreamExchange } from './stream-exchange.js';
 import type { WeightsOrigin } from './weight-cache.js';
 import { WeightLoader } from './weight-loader.js';
-
-/** What is left to the sessions that all layers share: products' own memory, and what the runtime keeps. */
-const SHARED_SESSION_BYTES = 768 * 2 ** 20;
-/** What a layer's own three take beside its weights: 12 to 15 MB each on an H200. */
-const LAYER_SESSION_BYTES = 3 * 15 * 2 ** 20;
-
-/** What is left to sessions, beside their weights. */
-export const sessionBytes = ({
-  config,
-  hasFixedWeights,
-}: Pick<DeviceShape, 'config' | 'hasFixedWeights'>): number =>
-  SHARED_SESSION_BYTES + (hasFixedWeights ? config.layerCount * LAYER_SESSION_BYTES : 0);
 
 export class BoundDevice implements Device {
   readonly name: string;
@@ -101,11 +94,12 @@ export class BoundDevice implements Device {
   }
 
   async load(
-    { checkpoint, plan, forms }: WeightsOrigin,
+    origin: WeightsOrigin,
     terms: LoadTerms,
     onProgress: (progress: LoadProgress) => void,
     signal: AbortSignal,
   ): Promise<LoadedShard> {
+    const { checkpoint, plan } = origin;
     const slices = listSlices(slicesOf(checkpoint.config, plan));
     const bytesTotal = slices.reduce((sum, slice) => sum + sliceBytes(checkpoint, slice), 0);
     const report = (bytesRead: number): void => {
@@ -118,7 +112,7 @@ export class BoundDevice implements Device {
       report,
       signal,
     );
-    const shard = await this.loadFrom(source, checkpoint, plan, forms, terms);
+    const shard = await this.loadFrom(source, origin, terms);
     report(bytesTotal);
     return shard;
   }
@@ -139,9 +133,7 @@ export class BoundDevice implements Device {
   /** As `load`, of weights from anywhere. @param source is closed at the end. */
   async loadFrom(
     source: MatrixSource,
-    { config }: Pick<Checkpoint, 'config'>,
-    plan: RankPlan,
-    forms: WeightForms,
+    { checkpoint: { config }, plan, mode, forms }: WeightsOrigin,
     limits: GroupLimits,
   ): Promise<LoadedShard> {
     const shape = deviceShape(this.kind, this.#device.provider, config, plan, forms);
@@ -157,8 +149,8 @@ export class BoundDevice implements Device {
       refuseTooLittle(this.name, memory, {
         weightBytes: weightBytes(config, plan, forms) - tiedBytes,
         kvBytes: kvOf(limits),
-        sessionBytes: sessionBytes(shape),
-        isSmallest: forms.variants[0]!.gateUp.kind === 'int4',
+        graphBytes: graphBytes(config, forms, this.kind),
+        smaller: smallerModes(this.kind, mode),
       });
     }
     const device = this.#device;
@@ -258,6 +250,12 @@ function attachedTo(allReduce: AllReduce, signals: StreamSignals): StreamExchang
   }
 }
 
+/** From the most bits on. */
+function smallerModes(kind: DeviceKind, mode: WeightsMode): readonly WeightsMode[] {
+  const modes = modesOfDevice[kind];
+  return modes.slice(modes.indexOf(mode) + 1);
+}
+
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`;
 
 /**
@@ -271,18 +269,19 @@ export function refuseTooLittle(
   asked: {
     readonly weightBytes: number;
     readonly kvBytes: number;
-    readonly sessionBytes: number;
-    /** Whether no other weights have fewer bits. */
-    readonly isSmallest: boolean;
+    readonly graphBytes: number;
+    /** Weights of fewer bits. */
+    readonly smaller: readonly WeightsMode[];
   },
 ): void {
-  const { weightBytes: weights, kvBytes: kv, sessionBytes, isSmallest } = asked;
-  const sum = weights + kv + sessionBytes;
+  const { weightBytes: weights, kvBytes: kv, graphBytes: graphs, smaller } = asked;
+  const sum = weights + kv + graphs;
   if (sum <= freeBytes) return;
+  const fewer = smaller.length === 0 ? '' : `take --weights ${smaller.join(' or ')}, `;
   throw new CaravanError(
     'out_of_memory',
-    `${device} needs ${gigabytes(sum)} (weights ${gigabytes(weights)}, KV ${gigabytes(kv)}, sessions ` +
-      `${gigabytes(sessionBytes)}), ${gigabytes(freeBytes)} of its ${gigabytes(totalBytes)} are free: ` +
-      `lower --max-seq-len or --max-batch-size, ${isSmallest ? '' : 'take --weights int4, '}or take more ranks`,
+    `${device} needs ${gigabytes(sum)} (weights ${gigabytes(weights)}, KV ${gigabytes(kv)}, graphs ` +
+      `${gigabytes(graphs)}), ${gigabytes(freeBytes)} of its ${gigabytes(totalBytes)} are free: ` +
+      `lower --max-seq-len or --max-batch-size, ${fewer}or take more ranks`,
   );
 }

@@ -54,8 +54,7 @@ export class DeviceGraphBuilder extends GraphBuilder {
   }
 
   /**
-   * y = x · Wᵀ, of weights that are in the graph, or inputs `${name}.weight` and, in blocks, `.scales` and (but where they
-   * are around the middle) `.zeros`.
+   * y = x · Wᵀ, of weights that are in the graph, or inputs `${name}.weight` and, in blocks, `.scales` and `.zeros`.
    */
   product(x: string, name: string, matrix: MatrixShape, y: string): void {
     const { form, outputs, inputs, isInputsFirst, fixed } = matrix;
@@ -70,12 +69,10 @@ export class DeviceGraphBuilder extends GraphBuilder {
       if (fixed === undefined) {
         this.input(weight.name, uint8, weight.shape);
         this.input(scales.name, activations, scales.shape);
+        operands.push(this.input(`${name}.zeros`, uint8, [outputs * Math.ceil(blocks / 2)]));
       } else {
         this.weights(weight.name, fixed.values, weight.shape);
         this.weights(scales.name, fixed.scales, scales.shape, float16);
-      }
-      if (form.kind === 'int4' && form.isCentred !== true) {
-        operands.push(this.input(`${name}.zeros`, uint8, [outputs * Math.ceil(blocks / 2)]));
       }
       this.node(
         'MatMulNBits',

@@ -9,14 +9,14 @@ import {
   ffnSteps,
   type GroupKind,
 } from './device-graph.js';
-import type { DeviceLayer, DeviceMatrix, DeviceShard, LayerSessions } from './device-shard.js';
+import type { DeviceLayer, DeviceMatrix, DeviceShard } from './device-shard.js';
 import type { Bound, Made } from './device-runs.js';
 import type { DeviceTensor } from './device-tensor.js';
 import type { BoundRun, DeviceSession } from './ort-binding.js';
 import type { OrtDevice } from './ort-device.js';
 import type { AttentionGroup } from './step-layout.js';
 
-/** What layers begin with and leave, for one shape of steps; all (1, rows, hidden). */
+/** What layers begin with and leave, for one shape of steps; residual stream and partials are (1, rows, hidden). */
 export interface LayerEnds {
   /** The residual stream before the first layer, after attention, and after the network. */
   readonly zeros: Bound;
@@ -59,7 +59,7 @@ export class DeviceLayers {
     const widths: [string, number][] = shape.hasFixedWeights
       ? [
           ['x', shape.config.hiddenSize],
-          ['sum', shape.config.hiddenSize],
+          ...(shape.plan.tp > 1 ? [['sum', shape.config.hiddenSize] as [string, number]] : []),
           ['qkv', first!.qkv.outputs],
           ['attended', first!.o.inputs],
           ...ffnSteps.map((name): [string, number] => [name, first!.gate.outputs]),
@@ -87,12 +87,9 @@ export class DeviceLayers {
     }
     const attended = this.#along.get('attended');
     if (attended !== undefined) {
-      // Slots alone leave it in this shape.
-      const [{ batch }] = groups as [AttentionGroup];
-      const isSlots = groups.length === 1 && batch > 1;
-      const shape = isSlots ? [batch, 1] : [1, rowCount];
-      along.set(session.outputs.at(-1)!, made.view(attended, [...shape, attended.shape[2]!]));
-      along.set('attended', made.view(attended, [1, rowCount, attended.shape[2]!]));
+      const isSlots = groups.length === 1 && kindsOf(groups)[0] === 'slots';
+      const rows = isSlots ? [rowCount, 1] : [1, rowCount];
+      along.set(session.outputs.at(-1)!, made.view(attended, [...rows, attended.shape[2]!]));
     }
     return layers.map((layer, l) => {
       const before = [
@@ -120,7 +117,7 @@ export class DeviceLayers {
               bind(session, along, cached),
               bind(sessions.leave, along, ofAttention, partial),
             ];
-      const ffn = bind(this.#ffnOf(sessions), along, ffnValues(layer, ends));
+      const ffn = bind(sessions?.ffn ?? this.#ffn!, along, ffnValues(layer, ends));
       return { attention, ffn };
     });
   }
@@ -131,15 +128,8 @@ export class DeviceLayers {
     this.#ffn?.release();
   }
 
-  #ffnOf(sessions: LayerSessions | null): DeviceSession {
-    return sessions?.ffn ?? this.#ffn!;
-  }
-
   #attentionOf(groups: readonly AttentionGroup[]): DeviceSession {
-    const kinds = groups.map((group, g): GroupKind => {
-      if (group.batch > 1) return 'slots';
-      return groups[g - 1]?.firstSlot === group.firstSlot ? 'moreRows' : 'rows';
-    });
+    const kinds = kindsOf(groups);
     const key = kinds.join();
     let session = this.#attention.get(key);
     if (session === undefined) {
@@ -153,6 +143,12 @@ export class DeviceLayers {
     return session;
   }
 }
+
+const kindsOf = (groups: readonly AttentionGroup[]): GroupKind[] =>
+  groups.map((group, g) => {
+    if (group.batch > 1) return 'slots';
+    return groups[g - 1]?.firstSlot === group.firstSlot ? 'moreRows' : 'rows';
+  });
 
 const ffnValues = (layer: DeviceLayer, ends: LayerEnds): (readonly [string, Bound])[] => [
   ['h', ends.afterAttention],

@@ -1,5 +1,6 @@
 /**
- * A shard on a device: one rank's slices of the model as device tensors. It knows nothing of slots or steps.
+ * A shard on a device: one rank's slices of the model as device tensors, or in graphs of their layer's own. It knows
+ * nothing of slots or steps.
  */
 import type { DeviceKind } from '../model/device-name.js';
 import type { LlamaConfig } from '../model/config.js';
@@ -10,7 +11,13 @@ import {
   type RankSlices,
   type TensorSlice,
 } from '../model/plan.js';
-import { weightBytes, type WeightForm, type WeightForms } from '../model/weights.js';
+import {
+  hasFixedWeights,
+  isFixed,
+  weightBytes,
+  type WeightForm,
+  type WeightForms,
+} from '../model/weights.js';
 import { deviceEnterGraph, deviceFfnGraph, deviceLeaveGraph } from './device-graph.js';
 import type { DeviceShape, MatrixShape } from './device-graph-builder.js';
 import { CAPTURED_LENGTHS } from './device-launch.js';
@@ -99,7 +106,7 @@ export class DeviceShard {
    * Reads this rank's slices and puts them on the device, a matrix at a time: the host holds no more than one, or those of
    * a graph that they are part of.
    *
-   * @param source is closed at the end.
+   * @param source, halves are closed at the end.
    * @throws CaravanError `invalid_checkpoint`, `out_of_memory`, or `cancelled` when the source's signal aborts.
    */
   static async load(
@@ -167,14 +174,9 @@ export function deviceShape(
     lengthStep: kind === 'cuda' ? CAPTURED_LENGTHS : 1,
     hasFusedProducts: provider.hasFusedProducts,
     hasSums: kind === 'cuda',
-    hasFixedWeights: forms.variants.some((variant) =>
-      [variant.qkv, variant.o, variant.gateUp, variant.down].some(isFixed),
-    ),
+    hasFixedWeights: hasFixedWeights(forms),
   };
 }
-
-const isFixed = (form: WeightForm): boolean =>
-  form.kind === 'int8Blocks' || (form.kind === 'int4' && form.isCentred === true);
 
 type BlockedLinear = Extract<Linear, { kind: 'int4' | 'int8Blocks' }>;
 
@@ -291,7 +293,8 @@ class Loading {
       tensors.set('weight', this.#keep(upload(linear.values, shape)));
       const { scales, zeros } = linear;
       tensors.set('scales', this.#keep(upload(scales, [outputs * blocks], this.#activations)));
-      if (zeros !== null) tensors.set('zeros', this.#keep(upload(zeros, [zeros.length])));
+      // Without them it is fixed.
+      tensors.set('zeros', this.#keep(upload(zeros!, [zeros!.length])));
     } else {
       const values = linear.values as Float32Array;
       const weight = isInputsFirst

@@ -18,7 +18,10 @@ export interface Provider {
 }
 
 export interface CudaSettings {
-  /** Bytes that the runtime may take of the device's memory; null for all. */
+  /**
+   * Bytes that the runtime's arenas may take of the device's memory, each; null for all. Weights that are in graphs lie
+   * outside of them: that all of it fits is seen to when a shard is loaded.
+   */
   readonly memoryLimit: number | null;
   /** Address of a CUDA stream that all sessions share; null lets each session have its own. */
   readonly stream: bigint | null;

@@ -172,7 +172,7 @@ export class Ort {
 
   /**
    * Loads a graph. Its weights' arrays may be used again after the call only if the runtime has made copies of its
-   * own (`packsItself`); the session keeps them until then.
+   * own (`KernelProbe.packs`); the session keeps them until then.
    */
   createSession(graph: Graph): Session {
     const { inputs, outputs } = graph;

@@ -18,7 +18,7 @@ import {
   weightsModes,
   type WeightsMode,
 } from '../model/weights.js';
-import { CaravanError, toCaravanError } from '../proto/errors.js';
+import { CaravanError, isOutOfMemory, toCaravanError } from '../proto/errors.js';
 import {
   RankService,
   type Command,
@@ -47,6 +47,7 @@ type DriveCall = ServerDuplexStream<Command, Report>;
 
 /** Loading progress is reported at most this often. */
 const PROGRESS_EVERY_MS = 200;
+const MOST_REFUSALS = 16;
 
 export interface RankLog {
   info(fields: object, message: string): void;
@@ -60,6 +61,8 @@ export class RankServer {
   readonly #server: Server;
   readonly #lobby = new Lobby();
   #kept: { readonly key: string; readonly shard: LoadedShard } | null = null;
+  /** What the device had no room for, though nothing else was loaded. */
+  readonly #refused = new Map<string, CaravanError>();
   /** Resolves when the coordinator that holds the rank has let it go; null while nobody does. */
   #held: Promise<void> | null = null;
   #isHolderAlive = false;
@@ -235,6 +238,10 @@ export class RankServer {
     if (this.#kept?.key === key) {
       return { shard: this.#kept.shard, bytesRead: 0, cacheFault: '' };
     }
+    // Whoever asks for the most bits first, as `auto` does each time, is not to cost us those that fitted.
+    const asked = [key, load.maxSeqLen, load.maxBatchSize, load.maxStepRows].join('\n');
+    const refusal = this.#refused.get(asked);
+    if (refusal !== undefined && this.#kept !== null) throw refusal;
     this.#kept?.shard.release();
     this.#kept = null;
     const forms = weightForms(checkpoint.config, tp, mode, load.isExact, this.#device.kind);
@@ -252,7 +259,11 @@ export class RankServer {
     };
     holdLargeBlocks('loading');
     const origin = { checkpoint, plan, mode, forms };
-    const shard = await this.#device.load(origin, load, report, signal);
+    const shard = await this.#device.load(origin, load, report, signal).catch((error: unknown) => {
+      if (isOutOfMemory(error) && this.#refused.size < MOST_REFUSALS)
+        this.#refused.set(asked, error);
+      throw error;
+    });
     this.#kept = { key, shard };
     collectGarbage();
     holdLargeBlocks('running');

@@ -12,7 +12,7 @@ import {
   unreadablePair,
   type DeviceReport,
 } from '../devices.js';
-import { DEFAULT_MAX_STEP_ROWS, planGroup } from '../group-spec.js';
+import { DEFAULT_MAX_STEP_ROWS, fitting, fullestBytes, planGroup } from '../group-spec.js';
 import { openChecked } from '../local-group.js';
 
 import { openModelTokenizer } from '../model-tokenizer.js';
@@ -224,17 +224,16 @@ function checkModel(
     const checkpoint = openChecked(s.model, s.tp);
     const { config } = checkpoint;
     const limits = { ...s, exact: false, maxStepRows: DEFAULT_MAX_STEP_ROWS };
-    const { neededBytes, ranks } = planGroup(checkpoint, s.tp, limits);
+    const planned = planGroup(checkpoint, s.tp, limits);
     const tokenizer = openModelTokenizer(s.model);
     const own = devicesOfRanks(s.device, s.tp).flatMap(
       (name) => devices.find(({ device }) => device === name)?.memory ?? [],
     );
     const isOnGpus = s.device !== 'cpu';
-    const asked = isOnGpus
-      ? Math.max(...ranks.map(({ weightBytes, kvBytes }) => weightBytes + kvBytes))
-      : neededBytes;
     const free = isOnGpus ? Math.min(...own.map(({ freeBytes }) => freeBytes)) : os.freemem();
-    const who = isOnGpus ? 'each rank needs' : `${s.tp} ranks need`;
+    const group = isOnGpus ? fitting(planned, free) : planned;
+    const asked = isOnGpus ? fullestBytes(group) : group.neededBytes;
+    const who = isOnGpus ? `in ${group.weights} each rank needs` : `${s.tp} ranks need`;
     const known = Number.isFinite(free)
       ? `${gigabytes(free)} are free`
       : 'what is free is not known';

@@ -9,6 +9,7 @@ import { devicesOfRanks, probeDevice, type DeviceReport } from '../devices.js';
 import {
   DEFAULT_MAX_STEP_ROWS,
   parameterCount,
+  fullestBytes,
   planGroup,
   type PlannedGroup,
 } from '../group-spec.js';
@@ -51,11 +52,8 @@ export function register(program: Command): void {
   });
 }
 
-function describe(
-  checkpoint: Checkpoint,
-  { spec, weights, ranks, neededBytes }: PlannedGroup,
-  devices: readonly DeviceReport[],
-) {
+function describe(checkpoint: Checkpoint, group: PlannedGroup, devices: readonly DeviceReport[]) {
+  const { spec, weights, ranks, neededBytes } = group;
   const { config } = checkpoint;
   const machineBytes = os.totalmem();
   const stored = [...checkpoint.tensors.values()];
@@ -77,19 +75,15 @@ function describe(
     machineBytes,
     // What ranks compute on, and what is free there.
     devices,
-    fits: fitsDevices(ranks, devices) ?? neededBytes <= machineBytes,
+    fits: fitsDevices(group, devices) ?? neededBytes <= machineBytes,
   };
 }
 
 /** Whether every rank fits what is free on every device; null where that is not known. */
-function fitsDevices(
-  ranks: PlannedGroup['ranks'],
-  devices: readonly DeviceReport[],
-): boolean | null {
+function fitsDevices(group: PlannedGroup, devices: readonly DeviceReport[]): boolean | null {
   const free = devices.flatMap(({ memory }) => memory?.freeBytes ?? []);
   if (free.length === 0) return null;
-  const asked = Math.max(...ranks.map(({ weightBytes, kvBytes }) => weightBytes + kvBytes));
-  return asked <= Math.min(...free);
+  return fullestBytes(group) <= Math.min(...free);
 }
 
 /** `verified`: files that are as their checklist says; null if that was not asked for. */
@@ -97,7 +91,7 @@ type Report = ReturnType<typeof describe> & { readonly verified: readonly string
 
 function describeRank(
   checkpoint: Checkpoint,
-  { plan, weightBytes, kvBytes }: PlannedGroup['ranks'][number],
+  { plan, weightBytes, kvBytes, graphBytes }: PlannedGroup['ranks'][number],
 ) {
   const slices = slicesOf(checkpoint.config, plan);
   return {
@@ -110,6 +104,8 @@ function describeRank(
     readBytes: rankBytes(checkpoint, slices),
     weightBytes,
     kvBytes,
+    /** What a GPU's graphs take beside them. */
+    graphBytes,
     slices: listSlices(slices).map((slice) => ({
       tensor: slice.tensor,
       rows: slice.rows,

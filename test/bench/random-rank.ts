@@ -120,8 +120,8 @@ class RandomDevice implements Device {
     return this.#device.readablePeers();
   }
 
-  load({ checkpoint, plan, forms }: WeightsOrigin, terms: LoadTerms) {
-    return this.#device.loadFrom(new RandomSource(), checkpoint, plan, forms, terms);
+  load(origin: WeightsOrigin, terms: LoadTerms) {
+    return this.#device.loadFrom(new RandomSource(), origin, terms);
   }
 }
 

@@ -88,8 +88,7 @@ imagePullPolicy: {{ .image.pullPolicy }}
 {{- if and $engine.exact (ne $engine.device "cpu") }}
 {{- fail (printf "%s: only cpu can be exact" $where) }}
 {{- end }}
-{{- $cuda := list "auto" "fp32" "fp16" "int8" "int4" }}
-{{- $modes := get (dict "cpu" (list "auto" "fp32" "int8" "int4" "int4+int8") "webgpu" (list "auto" "fp32" "fp16" "int4")) $engine.device | default $cuda }}
+{{- $modes := ternary (list "auto" "fp32" "int8" "int4" "int4+int8") (list "auto" "fp32" "fp16" "int8" "int4") (eq $engine.device "cpu") }}
 {{- if not (has $engine.weights $modes) }}
 {{- fail (printf "%s: weights %s is not for %s: take one of %s" $where $engine.weights $engine.device (join ", " $modes)) }}
 {{- end }}
