@@ -25,6 +25,7 @@ import type {
 } from './device.js';
 import { DeviceKv } from './device-kv.js';
 import { DevicePass } from './device-pass.js';
+import { Made } from './device-runs.js';
 import { DeviceShard, deviceShape, type MatrixSource } from './device-shard.js';
 import { DeviceWorkspace } from './device-workspace.js';
 import { HalfNarrower } from './half-widener.js';
@@ -212,7 +213,19 @@ async function openPass(
     releases.push(() => {
       kv.release();
     });
-    const workspace = new DeviceWorkspace(device, shard, kv, maxStepRows, allReduce, attentionRows);
+    const made = new Made(device);
+    releases.push(() => {
+      made.release();
+    });
+    const workspace = new DeviceWorkspace(
+      device,
+      made,
+      shard,
+      kv,
+      maxStepRows,
+      allReduce,
+      attentionRows,
+    );
     releases.push(() => {
       workspace.release();
     });

@@ -13,7 +13,6 @@ import type { DeviceLayer, DeviceMatrix, DeviceShard } from './device-shard.js';
 import type { Bound, Made } from './device-runs.js';
 import type { DeviceTensor } from './device-tensor.js';
 import type { BoundRun, DeviceSession } from './ort-binding.js';
-import type { OrtDevice } from './ort-device.js';
 import type { AttentionGroup } from './step-layout.js';
 
 /** What layers begin with and leave, for one shape of steps; residual stream and partials are (1, rows, hidden). */
@@ -41,7 +40,7 @@ export interface LayerRuns {
 }
 
 export class DeviceLayers {
-  readonly #device: OrtDevice;
+  readonly #made: Made;
   readonly #shard: DeviceShard;
   /** By groups' kinds. */
   readonly #attention = new Map<string, DeviceSession>();
@@ -50,12 +49,13 @@ export class DeviceLayers {
   /** Of layers with graphs of their own, by name, (1, most rows, width). */
   readonly #along: ReadonlyMap<string, DeviceTensor>;
 
-  constructor(device: OrtDevice, shard: DeviceShard, maxRows: number) {
-    this.#device = device;
+  /** @param made has sessions and tensors as long as they are used. */
+  constructor(made: Made, shard: DeviceShard, maxRows: number) {
+    this.#made = made;
     this.#shard = shard;
     const { shape, layers } = shard;
     const [first] = layers;
-    this.#ffn = shape.hasFixedWeights ? null : device.session(deviceFfnGraph(shape, first!));
+    this.#ffn = shape.hasFixedWeights ? null : made.session(deviceFfnGraph(shape, first!));
     const widths: [string, number][] = shape.hasFixedWeights
       ? [
           ['x', shape.config.hiddenSize],
@@ -68,7 +68,7 @@ export class DeviceLayers {
     this.#along = new Map(
       widths.map(([name, width]) => [
         name,
-        device.allocateZeros(shape.activations, [1, maxRows, width]),
+        made.allocateZeros(shape.activations, [1, maxRows, width]),
       ]),
     );
   }
@@ -122,12 +122,6 @@ export class DeviceLayers {
     });
   }
 
-  release(): void {
-    this.#device.release(...this.#along.values());
-    for (const session of this.#attention.values()) session.release();
-    this.#ffn?.release();
-  }
-
   #attentionOf(groups: readonly AttentionGroup[]): DeviceSession {
     const kinds = kindsOf(groups);
     const key = kinds.join();
@@ -137,7 +131,7 @@ export class DeviceLayers {
       const graph = shape.hasFixedWeights
         ? deviceAttendGraph(shape, kinds)
         : deviceAttentionGraph(shape, layers[0]!, kinds);
-      session = this.#device.session(graph);
+      session = this.#made.session(graph);
       this.#attention.set(key, session);
     }
     return session;

@@ -27,7 +27,14 @@ export class DevicePartials {
   /** (3 buffers, tp) of the largest step. */
   readonly #whole: readonly (readonly DeviceTensor[])[];
 
-  constructor(device: OrtDevice, shape: DeviceShape, maxRows: number, allReduce: AllReduce) {
+  /** @param made has the tensors as long as they are used. */
+  constructor(
+    device: OrtDevice,
+    made: Made,
+    shape: DeviceShape,
+    maxRows: number,
+    allReduce: AllReduce,
+  ) {
     this.#device = device;
     this.#shape = shape;
     this.#allReduce = allReduce;
@@ -37,8 +44,8 @@ export class DevicePartials {
     this.#whole = Array.from({ length: PARTIAL_BUFFERS }, (_, buffer) =>
       Array.from({ length: plan.tp }, (__, rank) =>
         direct === null
-          ? device.allocateZeros(activations, size)
-          : device.over(direct.addresses[buffer]![rank]!, activations, size),
+          ? made.allocateZeros(activations, size)
+          : made.over(direct.addresses[buffer]![rank]!, activations, size),
       ),
     );
   }
@@ -94,9 +101,5 @@ export class DevicePartials {
         runAll(back[turn]![buffer]!);
       },
     };
-  }
-
-  release(): void {
-    this.#device.release(...this.#whole.flat());
   }
 }

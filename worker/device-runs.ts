@@ -5,6 +5,7 @@
 import { Launch } from './device-launch.js';
 import type { BoundPartials } from './device-partials.js';
 import type { PartialBuffer } from './direct-memory.js';
+import type { Graph } from './graph-builder.js';
 import type { ElementType, TensorArray } from './ort.js';
 import type { BoundRun, DeviceSession } from './ort-binding.js';
 import type { Copy, DeviceTensor } from './device-tensor.js';
@@ -103,7 +104,7 @@ export interface Bound {
   readonly pointer: bigint;
 }
 
-/** What was made for one shape, to be released with it. */
+/** What was made for one shape, or for a whole group, to be released with it. */
 export class Made {
   readonly #device: OrtDevice;
   readonly #releases: (() => void)[] = [];
@@ -125,6 +126,22 @@ export class Made {
     return this.#tensor(this.#device.allocate(type, shape));
   }
 
+  allocateZeros(type: ElementType, shape: readonly number[]): DeviceTensor {
+    return this.#tensor(this.#device.allocateZeros(type, shape));
+  }
+
+  over(address: bigint, type: ElementType, shape: readonly number[]): DeviceTensor {
+    return this.#tensor(this.#device.over(address, type, shape));
+  }
+
+  session(graph: Graph): DeviceSession {
+    const session = this.#device.session(graph);
+    this.#releases.push(() => {
+      session.release();
+    });
+    return session;
+  }
+
   bind(session: DeviceSession, values: ReadonlyMap<string, Bound>): BoundRun {
     const run = session.bind(values);
     this.#releases.push(() => {
@@ -134,8 +151,8 @@ export class Made {
   }
 
   /** A tensor with these contents. */
-  upload(array: TensorArray, shape: readonly number[]): DeviceTensor {
-    return this.#tensor(this.#device.upload(array, shape));
+  upload(array: TensorArray, shape: readonly number[], type?: ElementType): DeviceTensor {
+    return this.#tensor(this.#device.upload(array, shape, type));
   }
 
   /** @param isRepeated whether such runs come again and again. */

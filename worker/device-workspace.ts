@@ -43,9 +43,14 @@ export class DeviceWorkspace {
   readonly #steps = new Kept<StepRuns>();
   readonly #heads = new Kept<HeadRuns>();
 
-  /** @param attentionRows most rows of a slot that one run of attention takes. */
+  /**
+   * @param made has all that is not of one shape of steps, as long as it is used; whoever gives it releases it, also when
+   *   this throws.
+   * @param attentionRows most rows of a slot that one run of attention takes.
+   */
   constructor(
     device: OrtDevice,
+    made: Made,
     shard: DeviceShard,
     kv: DeviceKv,
     maxRows: number,
@@ -59,26 +64,26 @@ export class DeviceWorkspace {
     this.#attentionRows = attentionRows;
     const { shape } = shard;
     const { config, plan, activations } = shape;
-    const wide = () => device.allocateZeros(activations, [1, maxRows, config.hiddenSize]);
+    const wide = () => made.allocateZeros(activations, [1, maxRows, config.hiddenSize]);
     // The node refuses more rows than the tables have, whatever their positions.
     const tableRows = Math.max(kv.maxSeqLen, maxRows);
     const { cos, sin } = rotaryTables(config, tableRows);
     const table = (values: Float32Array) =>
-      device.upload(values, [tableRows, config.headSize / 2], activations);
+      made.upload(values, [tableRows, config.headSize / 2], activations);
     const zeros = new Float32Array(maxRows * config.hiddenSize);
     this.#buffers = {
-      zeros: device.upload(zeros, [1, maxRows, config.hiddenSize], activations),
+      zeros: made.upload(zeros, [1, maxRows, config.hiddenSize], activations),
       afterAttention: wide(),
       afterFfn: wide(),
       cos: table(cos),
       sin: table(sin),
-      logits: device.allocate(float32, [1, maxRows, plan.vocab.count]),
+      logits: made.allocate(float32, [1, maxRows, plan.vocab.count]),
     };
-    this.#partials = new DevicePartials(device, shape, maxRows, allReduce);
-    this.#layers = new DeviceLayers(device, shard, maxRows);
-    this.#embed = device.session(deviceEmbeddingGraph(shape));
-    this.#head = device.session(deviceHeadGraph(shape, shard.head));
-    this.#row = device.session(deviceRowGraph(shape));
+    this.#partials = new DevicePartials(device, made, shape, maxRows, allReduce);
+    this.#layers = new DeviceLayers(made, shard, maxRows);
+    this.#embed = made.session(deviceEmbeddingGraph(shape));
+    this.#head = made.session(deviceHeadGraph(shape, shard.head));
+    this.#row = made.session(deviceRowGraph(shape));
   }
 
   /** How attention goes over a step's groups: a run takes no more slots, or rows of one, than the device can. */
@@ -129,13 +134,10 @@ export class DeviceWorkspace {
     return this.#heads.get(key, () => this.#bindHead(rowCount, sampledCount, k));
   }
 
+  /** Lets go of the runs. */
   release(): void {
     this.#steps.release();
     this.#heads.release();
-    this.#device.release(...Object.values(this.#buffers));
-    this.#partials.release();
-    this.#layers.release();
-    for (const session of [this.#embed, this.#head, this.#row]) session.release();
   }
 
   #bindStep(rowCount: number, groups: readonly AttentionGroup[]): StepRuns {
