@@ -23,7 +23,7 @@ import type { DeviceShape, MatrixShape } from './device-graph-builder.js';
 import { CAPTURED_LENGTHS } from './device-launch.js';
 import type { Graph } from './graph-builder.js';
 import type { HalfNarrower } from './half-widener.js';
-import type { Linear } from './linear.js';
+import type { BlockedLinear, Linear } from './linear.js';
 import { elementType, type ElementType } from './ort.js';
 import type { DeviceTensor } from './device-tensor.js';
 import type { DeviceSession } from './ort-binding.js';
@@ -177,8 +177,6 @@ export function deviceShape(
     hasFixedWeights: hasFixedWeights(forms),
   };
 }
-
-type BlockedLinear = Extract<Linear, { kind: 'int4' | 'int8Blocks' }>;
 
 /** A matrix, with the weights that the graph which it is part of is to have in it. */
 type LoadedMatrix = MatrixShape & DeviceMatrix;

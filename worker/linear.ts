@@ -37,6 +37,9 @@ export type Linear =
       readonly zeros: Uint8Array | null;
     };
 
+/** One that is rounded in blocks along its inputs. */
+export type BlockedLinear = Extract<Linear, { kind: 'int4' | 'int8Blocks' }>;
+
 /** All that the runtime is given of a matrix. */
 export function arraysOf(matrix: Linear): (Float32Array | Int8Array | Uint8Array)[] {
   switch (matrix.kind) {

@@ -3,13 +3,12 @@
  * several times as fast as a loop in JavaScript, and a rank that starts for the first time waits for little else.
  */
 import { GraphBuilder, int, type Graph } from './graph-builder.js';
-import { zeroBytesOf, type Linear } from './linear.js';
+import { zeroBytesOf, type BlockedLinear, type Linear } from './linear.js';
 import { elementType, type ElementType, type Ort, type Session, type TensorArray } from './ort.js';
 
 const { float32, uint8, uint4, int8 } = elementType;
 
 type Int8Linear = Extract<Linear, { kind: 'int8' }>;
-type BlockedLinear = Extract<Linear, { kind: 'int4' | 'int8Blocks' }>;
 
 /** Rows of a run: what is written of a column of the transposed matrix are runs of this many bytes. */
 const INT8_ROWS = 256;
@@ -166,19 +165,21 @@ export class Quantizer {
   }
 }
 
-/** Input x (rows, inputs); outputs values (inputs, rows) and scales (rows): the largest weight of a row becomes ±127. */
-function int8Graph(): Graph {
-  const graph = new GraphBuilder();
-  graph.input('x', float32, ['rows', 'inputs']);
+/** Of each row of x its scale, in `scales` (rows): the largest weight becomes ±127. */
+function scaleRows(graph: GraphBuilder): void {
   graph.integers('widthAxis', [1]);
   graph.node('Abs', ['x'], ['sizes']);
   graph.node('ReduceMax', ['sizes', 'widthAxis'], ['largest'], [int('keepdims', 0)]);
   graph.node('Div', ['largest', graph.constant('levels', Float32Array.of(127), [])], ['steps']);
-  graph.node(
-    'Max',
-    ['steps', graph.constant('least', Float32Array.of(LEAST_SCALE), [])],
-    ['scales'],
-  );
+  const least = graph.constant('least', Float32Array.of(LEAST_SCALE), []);
+  graph.node('Max', ['steps', least], ['scales']);
+}
+
+/** Input x (rows, inputs); outputs values (inputs, rows) and scales (rows): the largest weight of a row becomes ±127. */
+function int8Graph(): Graph {
+  const graph = new GraphBuilder();
+  graph.input('x', float32, ['rows', 'inputs']);
+  scaleRows(graph);
   graph.node('Shape', ['scales'], ['rowCount']);
   graph.node('Expand', [graph.constant('zero', Int8Array.of(0), []), 'rowCount'], ['zeros']);
   graph.node('QuantizeLinear', ['x', 'scales', 'zeros'], ['bytes'], [int('axis', 0)]);
@@ -199,12 +200,7 @@ function wantedOf(matrix: BlockedLinear): Wanted {
 function byteBlockGraph(block: number): Graph {
   const graph = new GraphBuilder();
   graph.input('x', float32, ['blocks', block]);
-  graph.integers('widthAxis', [1]);
-  graph.node('Abs', ['x'], ['sizes']);
-  graph.node('ReduceMax', ['sizes', 'widthAxis'], ['largest'], [int('keepdims', 0)]);
-  graph.node('Div', ['largest', graph.constant('levels', Float32Array.of(127), [])], ['steps']);
-  const least = graph.constant('least', Float32Array.of(LEAST_SCALE), []);
-  graph.node('Max', ['steps', least], ['scales']);
+  scaleRows(graph);
   graph.node('Unsqueeze', ['scales', 'widthAxis'], ['scales.column']);
   graph.node('Shape', ['scales.column'], ['columnShape']);
   const centre = graph.constant('centre', Uint8Array.of(128), []);
